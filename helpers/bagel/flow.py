@@ -1,0 +1,190 @@
+"""Making an image: rectified flow from noise to data, with two guidances and a step cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .context import Context
+from .model import Bagel
+
+RENORMALISATIONS = ("global", "channel", "text_channel")
+STEP_CACHES = (None, "taylorseer")
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """The official hyper-parameters of image sampling. Raises ValueError for values without meaning."""
+
+    cfg_text_scale: float
+    cfg_img_scale: float
+    cfg_interval: tuple[float, float]
+    timestep_shift: float
+    num_timesteps: int
+    cfg_renorm_min: float
+    cfg_renorm_type: str
+    step_cache: str | None
+
+    def __post_init__(self):
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps {self.num_timesteps} must be at least 2: N timesteps make N - 1 steps.")
+        if self.timestep_shift <= 0:
+            raise ValueError(f"timestep_shift {self.timestep_shift} must be above 0; 1 means no shift.")
+        if self.cfg_renorm_type not in RENORMALISATIONS:
+            raise ValueError(f"cfg_renorm_type {self.cfg_renorm_type!r} must be one of {', '.join(RENORMALISATIONS)}.")
+        if not 0 <= self.cfg_renorm_min <= 1:
+            raise ValueError(f"cfg_renorm_min {self.cfg_renorm_min} must lie in [0, 1].")
+        if self.step_cache not in STEP_CACHES:
+            raise ValueError(f"step_cache {self.step_cache!r} must be None or 'taylorseer'.")
+        if len(self.cfg_interval) != 2 or self.cfg_interval[0] > self.cfg_interval[1]:
+            raise ValueError(f"cfg_interval {self.cfg_interval} must be (low, high), low <= high.")
+
+    def guided(self, times: Tensor) -> list[bool]:
+        """At which of the shifted timesteps guidance is active: low < t <= high, compared in float32."""
+        low, high = (torch.tensor(bound, dtype=torch.float32) for bound in self.cfg_interval)
+        inside = (times > low) & (times <= high)
+        return (inside & (self.cfg_text_scale > 1)).tolist()
+
+
+def timesteps(num_timesteps: int, shift: float) -> Tensor:
+    """Shifted timesteps from 1 (noise) to 0 (data): float32 [num_timesteps]."""
+    t = torch.linspace(1, 0, num_timesteps)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass
+class Branches:
+    """The contexts of one image: the full one, and those that lack the last text, or the images.
+
+    `image` None means that it could not differ from the conditional one, so its velocity is not computed again.
+    """
+
+    conditional: Context
+    text: Context | None
+    image: Context | None
+
+
+@torch.inference_mode()
+def denoise(
+    model: Bagel,
+    noise: Tensor,
+    grid: tuple[int, int],
+    branches: Branches,
+    settings: FlowSettings,
+    on_step: Callable[[int, float, Tensor], None] | None = None,
+) -> Tensor:
+    """Latent tokens float32 [batch, rows * columns, 64] of the finished images, from `noise` of that shape.
+
+    `grid` is (rows, columns) of latent tokens; `on_step(step, t, latent)` is called after every Euler step with the
+    flow time reached. Source: BAGEL.md section 6 (paper, appendix; official `generate_image`).
+    """
+    times = timesteps(settings.num_timesteps, settings.timestep_shift)
+    guided = settings.guided(times)
+    places = model.latent_places(*grid)
+    conditional, text, image = (
+        None if context is None else _Branch(model, context, places, settings.step_cache)
+        for context in (branches.conditional, branches.text, branches.image)
+    )
+    if settings.step_cache and not guided[0] and image is None:
+        # Branches count their own forwards: one that starts late forecasts at other steps than the conditional one.
+        image = _Branch(model, branches.conditional, places, settings.step_cache)
+    x = noise.to(model.device, torch.float32)
+    for step, (t, following) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
+        v = conditional.velocity(x, t)
+        if guided[step]:
+            v_text = text.velocity(x, t)
+            wanted = settings.cfg_img_scale > 1
+            v_image = None if not wanted else v if image is None else image.velocity(x, t)
+            v = guide(v, v_text, v_image, settings)
+        x = x - v * (t - following)
+        if on_step is not None:
+            on_step(step, following, x)
+    return x
+
+
+def guide(v: Tensor, v_text: Tensor, v_image: Tensor | None, settings: FlowSettings) -> Tensor:
+    """Guided velocity from those of the branches, all float32 [batch, n, 64]; every sample on its own.
+
+    `v_text` is the velocity without the last text, `v_image` without the images (None: no image guidance).
+    """
+    guided = v_text + settings.cfg_text_scale * (v - v_text)
+    if settings.cfg_renorm_type == "text_channel":
+        guided = _renormalise(guided, v, (-1,), settings.cfg_renorm_min)
+        return _from_image(guided, v_image, settings.cfg_img_scale)
+    guided = _from_image(guided, v_image, settings.cfg_img_scale)
+    dims = (-2, -1) if settings.cfg_renorm_type == "global" else (-1,)
+    return _renormalise(guided, v, dims, settings.cfg_renorm_min)
+
+
+def _from_image(guided: Tensor, v_image: Tensor | None, scale: float) -> Tensor:
+    return guided if v_image is None else v_image + scale * (guided - v_image)
+
+
+def _renormalise(guided: Tensor, v: Tensor, dims: tuple[int, ...], minimum: float) -> Tensor:
+    """Guidance may turn the velocity, not lengthen it."""
+    factor = _norm(v, dims) / (_norm(guided, dims) + 1e-8)
+    return guided * factor.clamp(minimum, 1.0)
+
+
+def _norm(v: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+
+
+class _Branch:
+    """One context's view of the image: hidden states beside it, computed or forecast, then the velocity."""
+
+    def __init__(self, model: Bagel, context: Context, places: Tensor, step_cache: str | None):
+        count = len(places) + 2  # with the two markers
+        self.model, self.places = model, places
+        self.positions = context.block_positions(count)
+        self.attend = context.attend_beside(model.kernel, count)
+        self.markers = model.embed_markers(context.batch)
+        self.forecast = TaylorForecast() if step_cache else None
+
+    def velocity(self, x: Tensor, t: float) -> Tensor:
+        if self.forecast is None:
+            return self.model.velocity(self._hidden(x, t))
+        return self.model.velocity(self.forecast.next(lambda: self._hidden(x, t)).to(self.model.dtype))
+
+    def _hidden(self, x: Tensor, t: float) -> Tensor:
+        """Latent tokens [batch, n, 64] -> the decoder's last hidden states of those tokens."""
+        time = torch.full((len(x),), t, device=x.device)
+        tokens = torch.cat([self.markers, self.model.embed_latents(x, time, self.places)], dim=1)
+        decoder = self.model.language_model.model
+        return decoder(tokens, self.markers.shape[1], self.positions, self.attend)[:, self.markers.shape[1] :]
+
+
+class TaylorForecast:
+    """Computes the forwards 0 to 4, 7, 10, 13, ... of one branch and extrapolates the others.
+
+    It keeps the newest hidden state and up to six finite differences in float32. The official code keeps these for
+    every layer; as a forecast layer ignores its input, the last layer's are enough and give the same numbers.
+    Source: TaylorSeer (arXiv 2503.06923), with BAGEL's interval of 3 and order 6.
+    """
+
+    FIRST, INTERVAL, ORDER = 4, 3, 6
+
+    def __init__(self):
+        self.count = 0
+        self.computed = 0  # the forward that was computed last
+        self.factors: list[Tensor] = []
+
+    def next(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The hidden state of the branch's next forward, from `compute` where it is due."""
+        index, self.count = self.count, self.count + 1
+        if index > self.FIRST and (index - self.FIRST) % self.INTERVAL:
+            distance = index - self.computed
+            return sum(factor * (distance**i / math.factorial(i)) for i, factor in enumerate(self.factors))
+        self._update(index, compute().float())
+        return self.factors[0]
+
+    def _update(self, index: int, newest: Tensor) -> None:
+        factors = [newest]
+        if index >= self.FIRST:
+            for old in self.factors[: self.ORDER]:
+                factors.append((factors[-1] - old) / (index - self.computed))
+        self.factors, self.computed = factors, index

@@ -1,0 +1,138 @@
+"""Small parts that several modules share: norms, rotary positions, attention, embeddings of time and place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, rounded to the input's type before the weight is applied (Qwen2)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        precise = x.float()
+        normed = precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each [..., 1, head_dim], for integer positions [...]; rounded to the activations' type."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    angles = torch.cat([angles, angles], dim=-1)[..., None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions in Qwen2's half-and-half layout; x [..., heads, head_dim]."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+# An attention kernel: (q [batch, n, heads, d], k and v [batch, m, kv_heads, d], causal, valid) -> [batch, n, heads, d].
+# `causal` aligns the last query with the last key; `valid` bool [batch, m] hides padding keys.
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Tensor]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, valid: Tensor | None = None) -> Tensor:
+    """PyTorch's own attention: runs on every device."""
+    mask = _mask(q.shape[1], k.shape[1], causal, valid, q.device)
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch, heads, tokens, d]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, valid: Tensor | None = None) -> Tensor:
+    """PyTorch's attention with the cuDNN backend where it applies: the fastest one on Hopper."""
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        return sdpa(q, k, v, causal, valid)
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, valid: Tensor | None = None) -> Tensor:
+    """The flash-attn package; ragged batches go to `sdpa`, since flash-attn takes no padding mask."""
+    from flash_attn import flash_attn_func
+
+    if valid is not None:
+        return sdpa(q, k, v, causal, valid)
+    return flash_attn_func(q, k, v, causal=causal)
+
+
+KERNELS: dict[str, AttentionKernel] = {"sdpa": sdpa, "cudnn": cudnn, "flash_attn": flash_attn}
+
+
+def _mask(n: int, m: int, causal: bool, valid: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which key each query may see, bool, broadcastable to [batch, heads, n, m]; None where it sees all."""
+    mask = None
+    if causal and n > 1:
+        mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
+    if valid is not None:
+        keys = valid[:, None, None, :]
+        mask = keys if mask is None else mask & keys
+    return mask
+
+
+class TimestepEmbedder(nn.Module):
+    """Flow time in [0, 1] -> a vector: 128 cosines and 128 sines, then linear, SiLU, linear."""
+
+    def __init__(self, hidden_size: int, frequencies: int = 128):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[...] -> [..., hidden_size]"""
+        steps = torch.arange(self.frequencies, device=t.device, dtype=torch.float32)
+        angles = t.float()[..., None] * torch.exp(-math.log(10000.0) / self.frequencies * steps)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class PositionTable(nn.Module):
+    """A stored table of side * side vectors, one for each place of a square grid."""
+
+    def __init__(self, side: int, hidden_size: int):
+        super().__init__()
+        self.side = side
+        self.pos_embed = nn.Parameter(torch.zeros(side * side, hidden_size), requires_grad=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.pos_embed[rows]
+
+
+def sine_cosine_table(side: int, hidden_size: int) -> Tensor:
+    """The table a new checkpoint starts with, float32 [side * side, hidden_size].
+
+    First half of the channels for the column, second for the row; in each, sines then cosines.
+    """
+    quarter = hidden_size // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, hidden / 2]
+    column = waves[None, :, :].expand(side, side, -1)
+    row = waves[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], dim=-1).reshape(side * side, hidden_size).float()
+
+
+class MLPConnector(nn.Module):
+    """ViT features -> decoder width: linear, tanh-GELU, linear."""
+
+    def __init__(self, input_size: int, output_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(input_size, output_size)
+        self.fc2 = nn.Linear(output_size, output_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

@@ -1,0 +1,209 @@
+"""A folder on disk -> a model on a device, in the weight format asked for."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .bagel.autoencoder import Autoencoder
+from .bagel.config import read_config
+from .bagel.layers import KERNELS
+from .bagel.model import Bagel
+from .bagel.session import Parts
+from .bagel.text import TextCodec
+
+MODEL_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
+WEIGHTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Where and how a checkpoint is loaded, and why."""
+
+    device: torch.device
+    weights: str
+    attention: str
+    reason: str
+
+
+def load(folder: Path | str, choices: Choices) -> Parts:
+    """The model, autoencoder and text codec of an official BAGEL folder, each tensor read straight to the device.
+
+    Raises FileNotFoundError for a missing file, ValueError for damaged files, unexpected or missing tensors and
+    wrong shapes, MemoryError when the weights do not fit.
+    """
+    folder = Path(folder)
+    config = read_config(folder, tensor_shapes(folder / MODEL_FILE))
+    codec = TextCodec(_tokenizer(folder))
+    dtype = WEIGHTS[choices.weights]
+    with torch.device("meta"):
+        model = Bagel(config, codec.image_markers, choices.attention)
+        autoencoder = Autoencoder(config.autoencoder)
+    check_memory(_bytes(model, dtype) + _bytes(autoencoder, torch.float32), choices)
+    fill(model, folder / MODEL_FILE, choices.device, dtype)
+    fill(autoencoder, folder / AUTOENCODER_FILE, choices.device, torch.float32)
+    return Parts(model.eval(), autoencoder.eval(), codec)
+
+
+def choose(device: str, weights: str, attention: str) -> Choices:
+    """Turn "auto" into what this machine does best. Raises ValueError for unknown or impossible wishes."""
+    chosen = _device(device)
+    reasons = []
+    if weights == "auto":
+        weights, why = _weights(chosen)
+        reasons.append(f"{weights} because {why}")
+    elif weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} must be one of auto, {', '.join(WEIGHTS)}.")
+    if attention == "auto":
+        attention, why = _attention(chosen)
+        reasons.append(f"{attention} because {why}")
+    elif attention not in KERNELS:
+        raise ValueError(f"attention {attention!r} must be one of auto, {', '.join(KERNELS)}.")
+    _check_attention(attention, chosen)
+    return Choices(chosen, weights, attention, "; ".join(reasons) or "as asked")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} must be 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} must be 'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} was asked for, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            "cards here: use device='auto' or 'cpu', or install a CUDA build of PyTorch (notebook 00 says which)."
+        )
+    return device
+
+
+def _weights(device: torch.device) -> tuple[str, str]:
+    if device.type == "cpu":
+        return "fp32", "CPUs compute in float32 fastest"
+    if torch.cuda.get_device_capability(device)[0] >= 8:
+        return "bf16", "the model was trained in bfloat16 and this card computes in it"
+    return "fp32", "this card has no bfloat16 arithmetic (compute capability below 8.0)"
+
+
+def _attention(device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return "cudnn", "cuDNN's attention is the fastest on Hopper"
+    return "sdpa", "PyTorch's own attention runs on every device"
+
+
+def _check_attention(attention: str, device: torch.device) -> None:
+    if attention == "sdpa":
+        return
+    if device.type == "cpu":
+        raise ValueError(f"attention {attention!r} needs a CUDA card; on the CPU use 'sdpa'.")
+    if attention == "flash_attn":
+        try:
+            import flash_attn  # noqa: F401 - only whether it can be imported
+        except ImportError as error:
+            raise ImportError(
+                "attention 'flash_attn' needs the flash-attn package: pip install '.[flash]' or conda-forge's prebuilt "
+                "flash-attn; attention='sdpa' needs nothing and computes the same."
+            ) from error
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor, from the header alone. Raises FileNotFoundError or ValueError."""
+    with _open(file) as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace the parameters of a module built on the meta device by those of a safetensors file.
+
+    Raises ValueError naming the tensors that are missing, unexpected or of another shape.
+    """
+    _compare(file, tensor_shapes(file), {name: tuple(t.shape) for name, t in module.state_dict().items()})
+    with _open(file, device) as tensors:
+        state = {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def _compare(file: Path, found: dict, wanted: dict) -> None:
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {list(found[name])} instead of {list(wanted[name])}"
+            for name in sorted(wanted.keys() & found.keys())
+            if found[name] != wanted[name]
+        ],
+    }
+    lines = [f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names]
+    if lines:
+        raise ValueError(
+            f"{file} does not fit the configuration beside it. Tensors {'; '.join(lines)}. "
+            "Use weights and JSON files of the same BAGEL checkpoint."
+        )
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _open(file: Path, device: torch.device | str = "cpu"):
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is missing: a BAGEL folder holds {MODEL_FILE} and {AUTOENCODER_FILE}; notebook 01 shows how to "
+            "fetch them."
+        )
+    try:
+        return safe_open(file, "pt", device=str(device))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size:,} bytes) cannot be read ({error}): it is truncated or damaged; fetch it "
+            "again and compare its size with the official one."
+        ) from error
+
+
+def _tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").exists():
+        raise FileNotFoundError(f"{folder / 'tokenizer_config.json'} is missing: fetch the tokenizer's files again.")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    return sum(p.numel() for p in module.parameters()) * dtype.itemsize
+
+
+def check_memory(needed: int, choices: Choices) -> None:
+    """Raise MemoryError when `needed` bytes are not free: what was needed, what is free, who holds it, what to do."""
+    if choices.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(choices.device)
+        holders = _card_processes()
+        cure = "end the process that holds the card (nvidia-smi), or choose a smaller weight format or another card"
+    else:
+        memory = psutil.virtual_memory()
+        free, total, holders = memory.available, memory.total, ""
+        cure = "close other programs, or use weights='bf16'" if choices.weights == "fp32" else "close other programs"
+    if needed > free:
+        raise MemoryError(
+            f"The weights need {needed / 1e9:.1f} GB as {choices.weights} on {choices.device}; {free / 1e9:.1f} of "
+            f"{total / 1e9:.1f} GB are free{holders}: {cure}."
+        )
+
+
+def _card_processes() -> str:
+    """What nvidia-smi knows about who holds the cards' memory; empty where it says nothing."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip().splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f" (held by: {'; '.join(lines)})" if lines else ""
