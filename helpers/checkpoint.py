@@ -171,11 +171,11 @@ def _open(file: Path, device: torch.device | str = "cpu"):
 
 
 def _tokenizer(folder: Path):
-    from transformers import AutoTokenizer
+    from transformers import Qwen2Tokenizer
 
     if not (folder / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{folder / 'tokenizer_config.json'} is missing: fetch the tokenizer's files again.")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _bytes(module: nn.Module, dtype: torch.dtype) -> int:

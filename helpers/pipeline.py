@@ -165,7 +165,7 @@ class BagelPipeline:
             cfg_text_scale, cfg_img_scale, tuple(cfg_interval), timestep_shift, num_timesteps, cfg_renorm_min,
             cfg_renorm_type, step_cache,
         )  # fmt: skip
-        drawing = Drawing(flow, height, width, "sample", max_think_tokens, on_step)
+        drawing = Drawing(flow, height, width, "sample", "both", max_think_tokens, on_step)
         return _only(self._run([prompt], ["image"], think, Writing(), drawing, seed))
 
     def edit(
@@ -183,16 +183,21 @@ class BagelPipeline:
         cfg_renorm_type: str = "text_channel",
         max_think_tokens: int = 1000,
         posterior: str = "sample",
+        encoders: str = "both",
         step_cache: str | None = None,
         on_step: OnStep | None = None,
     ) -> ImageResult | list[ImageResult]:
-        """Change a picture as told; a list of pictures, of instructions or of both makes a batch."""
+        """Change a picture as told; a list of pictures, of instructions or of both makes a batch.
+
+        `encoders`: "both" (the model's way), or "vae" or "vit" to see what one encoder alone can do.
+        """
         flow = FlowSettings(
             cfg_text_scale, cfg_img_scale, tuple(cfg_interval), timestep_shift, num_timesteps, cfg_renorm_min,
             cfg_renorm_type, step_cache,
         )  # fmt: skip
-        drawing = Drawing(flow, None, None, posterior, max_think_tokens, on_step)
-        return _only(self._run([image, instruction], ["image"], think, Writing(), drawing, seed))
+        drawing = Drawing(flow, None, None, posterior, encoders, max_think_tokens, on_step)
+        pictures = [_picture(one) for one in image] if isinstance(image, list) else _picture(image)
+        return _only(self._run([pictures, instruction], ["image"], think, Writing(), drawing, seed))
 
     def interleave(
         self,
@@ -215,22 +220,24 @@ class BagelPipeline:
         cfg_renorm_min: float = 0.0,
         cfg_renorm_type: str = "text_channel",
         posterior: str = "sample",
+        encoders: str = "both",
         step_cache: str | None = None,
         on_step: OnStep | None = None,
     ) -> list:
         """Texts and pictures in, a sequence of texts and pictures out; each result joins the growing context.
 
-        `inputs`: texts and pictures in order; an entry that is a list holds one value a sample and makes a batch.
+        `inputs`: texts and pictures in order (a picture file as a `Path`: a string is a text); an entry that is a
+        list holds one value a sample and makes a batch.
         `make`: any sequence of "text" and "image"; one result comes back for each (for a batch: a list of them for
         each sample). Pictures enter as ViT blocks alone when no image is to be made. An image takes the size of the
-        last picture before it, else (height, width), else the model's native square.
+        last picture before it, else (height, width), else the model's native square. `encoders`: as in `edit`.
         """
         flow = FlowSettings(
             cfg_text_scale, cfg_img_scale, tuple(cfg_interval), timestep_shift, num_timesteps, cfg_renorm_min,
             cfg_renorm_type, step_cache,
         )  # fmt: skip
         writing = Writing(max_new_tokens, do_sample, temperature, top_p)
-        drawing = Drawing(flow, height, width, posterior, max_think_tokens, on_step)
+        drawing = Drawing(flow, height, width, posterior, encoders, max_think_tokens, on_step)
         return self._run(inputs, make, think, writing, drawing, seed)
 
     def predict_frames(
@@ -264,7 +271,7 @@ class BagelPipeline:
             cfg_text_scale, cfg_img_scale, tuple(cfg_interval), timestep_shift, num_timesteps, cfg_renorm_min,
             cfg_renorm_type, step_cache,
         )  # fmt: skip
-        drawing = Drawing(flow, height, width, posterior, 0, on_step)
+        drawing = Drawing(flow, height, width, posterior, "both", 0, on_step)
         batch = len(frames) if frames and isinstance(frames[0], (list, tuple)) else None
         instruction = NEXT_FRAME if prompt is None else prompt
         inputs = [*_columns(frames, batch), *([instruction] * _positive("count", count))]
@@ -311,16 +318,19 @@ class Writing:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are made: the flow's settings, the size in pixels, the posterior, room for a thought."""
+    """How pictures are made and read: the flow's settings, size in pixels, posterior, encoders, room for a thought."""
 
     flow: FlowSettings
     height: int | None
     width: int | None
     posterior: str
+    encoders: str
     max_think_tokens: int
     on_step: OnStep | None
 
     def __post_init__(self):
+        if self.encoders not in ("both", "vae", "vit"):
+            raise ValueError(f"encoders {self.encoders!r} must be 'both', 'vae' or 'vit'.")
         if self.posterior not in ("sample", "mean"):
             raise ValueError(f"posterior {self.posterior!r} must be 'sample' or 'mean'.")
 
@@ -368,9 +378,7 @@ class Work:
             self.session.append_written(texts)
         split = [split_thought(text) if self.think else (None, text) for text in texts]
         seconds = self.seconds()
-        return [
-            TextResult(text, thought, row, seconds) for (thought, text), row in zip(split, ids, strict=True)
-        ]
+        return [TextResult(text, thought, row, seconds) for (thought, text), row in zip(split, ids, strict=True)]
 
     def image(self, keep: bool) -> list[ImageResult]:
         """Draw a picture for each sample, after a thought in think mode; `keep` appends it to the context."""
@@ -409,7 +417,7 @@ def _plan(parts: Parts, inputs, make, think, writing: Writing, drawing: Drawing 
             last = fitted_size(part[0].height, part[0].width, config.vae_transform)
             tokens += block_tokens(config, last, drawn)
     for kind in make:
-        limit = writing.limit if kind == "text" else _positive("max_think_tokens", drawing.max_think_tokens) * think
+        limit = writing.limit if kind == "text" else _thought_limit(drawing) if think else 0
         # A written text is encoded again when it is appended: a byte that is no UTF-8 becomes up to three tokens.
         tokens += 3 * limit + 2 + (block_tokens(config, last, True) if kind == "image" else 0)
     guided = drawn and drawing.flow.cfg_text_scale > 1 and drawing.flow.cfg_img_scale > 1
@@ -420,7 +428,12 @@ def _plan(parts: Parts, inputs, make, think, writing: Writing, drawing: Drawing 
         image_branch=guided,
         for_drawing=drawn,
         posterior=drawing.posterior if drawn else "mean",
+        encoders=drawing.encoders if drawn else "both",
     )
+
+
+def _thought_limit(drawing: Drawing) -> int:
+    return _positive("max_think_tokens", drawing.max_think_tokens)
 
 
 def _size(config, drawing: Drawing) -> tuple[int, int]:
@@ -430,7 +443,9 @@ def _size(config, drawing: Drawing) -> tuple[int, int]:
     for name, side in zip(("height", "width"), size, strict=True):
         if side < stride or side % stride or side > most:
             near = min(most, max(stride, round(side / stride) * stride))
-            raise ValueError(f"{name} {side} must be a multiple of {stride}, at most {most} for this model: try {near}.")
+            raise ValueError(
+                f"{name} {side} must be a multiple of {stride}, at most {most} for this model: try {near}."
+            )
     return size
 
 

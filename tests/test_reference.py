@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from helpers.bagel.config import ResizeRule
 from helpers.bagel.flow import timesteps
 from helpers.bagel.images import fitted_size, open_picture, resize, to_pixels
-from helpers.bagel.config import ResizeRule
 from helpers.bagel.text import THINK_TO_ANSWER, THINK_TO_DRAW
 from helpers.pipeline import load_bagel
 
@@ -36,9 +36,7 @@ def close(actual, name):
 
 
 def inputs_of(case):
-    return [
-        Image.open(FOLDER / f"{part[4:]}.png") if part.startswith("img:") else part for part in case["inputs"]
-    ]
+    return [Image.open(FOLDER / f"{part[4:]}.png") if part.startswith("img:") else part for part in case["inputs"]]
 
 
 def vae_picture(bagel, name):

@@ -106,7 +106,9 @@ class Context:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer, :, begin:end] = k
             self.values[layer, :, begin:end] = v
-            return kernel(q, self.keys[layer, :, self.start : end], self.values[layer, :, self.start : end], causal, valid)
+            return kernel(
+                q, self.keys[layer, :, self.start : end], self.values[layer, :, self.start : end], causal, valid
+            )
 
         return attend
 

@@ -86,9 +86,7 @@ class DecoderLayer(nn.Module):
         """Attended values [batch, n, heads, d] -> the layer's output [batch, n, hidden]."""
         attended = attended.flatten(-2)
         parts = []
-        for (suffix, part), (_, values) in zip(
-            _experts(x, und_tokens), _experts(attended, und_tokens), strict=True
-        ):
+        for (suffix, part), (_, values) in zip(_experts(x, und_tokens), _experts(attended, und_tokens), strict=True):
             part = part + getattr(self.self_attn, f"o_proj{suffix}")(values)
             normed = getattr(self, f"post_attention_layernorm{suffix}")(part)
             parts.append(part + getattr(self, f"mlp{suffix}")(normed))

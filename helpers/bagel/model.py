@@ -62,7 +62,9 @@ class Bagel(nn.Module):
 
     def embed_markers(self, batch: int) -> Tensor:
         """vision_start and vision_end: [batch, 2, hidden]."""
-        return self.embed_ids(torch.tensor(self.image_markers, device=self.device)).expand(batch, -1, -1)
+        # Rows by number: a tensor of ids would have to travel to the device every time.
+        weight = self.language_model.model.embed_tokens.weight
+        return torch.stack([weight[marker] for marker in self.image_markers]).expand(batch, -1, -1)
 
     def embed_vit(self, pixels: Tensor) -> Tensor:
         """Pixels [batch, 3, height, width], sides multiples of 14 -> ViT tokens."""

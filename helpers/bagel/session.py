@@ -39,7 +39,8 @@ class Plan:
 
     `capacity`: tokens a sample, generated ones included; `block`: tokens of the largest image block (0: none is made).
     `image_branch`: keep the context that image guidance needs; `for_drawing`: pictures enter as VAE and ViT blocks,
-    else as ViT blocks alone; `posterior`: "sample" (official) or "mean".
+    else as ViT blocks alone; `posterior`: "sample" (official) or "mean"; `encoders`: "both", or for an ablation one
+    of "vae" and "vit" (the other's block is left out of the pictures for drawing).
     """
 
     batch: int
@@ -48,6 +49,7 @@ class Plan:
     image_branch: bool
     for_drawing: bool
     posterior: str
+    encoders: str
 
 
 class Session:
@@ -93,12 +95,21 @@ class Session:
         config, model = self.parts.config, self.parts.model
         pictures = [resize(picture, config.vae_transform) for picture in pictures]
         self.image_size = _one_size([(picture.height, picture.width) for picture in pictures])
-        if self.plan.for_drawing:
+        if self.plan.for_drawing and self.plan.encoders != "vit":
             model.append_latents(self.conditional, self._encode(torch.stack([to_pixels(p) for p in pictures])))
-        pixels = torch.stack([to_pixels(resize(picture, config.vit_transform)) for picture in pictures])
-        model.append_vit(self.conditional, pixels.to(model.device))
+        elif self.plan.for_drawing:
+            self._skip_block()
+        if self.plan.encoders != "vae":
+            pixels = torch.stack([to_pixels(resize(picture, config.vit_transform)) for picture in pictures])
+            model.append_vit(self.conditional, pixels.to(model.device))
+        else:
+            self._skip_block()
         self.before_last_text = self.conditional.mark()
         self.branches_differ = True
+
+    def _skip_block(self) -> None:
+        """A block that is left out keeps its rope position, as in training with dropped conditions."""
+        self.conditional.extend(0, [0] * self.plan.batch, 1)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         config = self.parts.config.autoencoder
@@ -116,9 +127,7 @@ class Session:
         generators: list[torch.Generator] | None = None,
     ) -> list[list[int]]:
         """Token ids that each sample writes next; nothing is appended."""
-        return write_text(
-            self.parts.model, self.conditional, self.parts.codec, max_new_tokens, processors, generators
-        )
+        return write_text(self.parts.model, self.conditional, self.parts.codec, max_new_tokens, processors, generators)
 
     @torch.inference_mode()
     def draw(

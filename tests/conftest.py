@@ -1,0 +1,36 @@
+"""What several tests share: small notebooks to run, and the workbook's own."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SEVEN = [
+    "00_setup",
+    "01_download",
+    "02_understanding",
+    "03_generation",
+    "04_editing",
+    "05_video_frames",
+    "06_hardware_benchmark",
+]
+PARAMETERS = 'MODEL: str = "tiny"  # the model\nSEED: int = 1  # first seed\nOUT: str = "outputs/x"  # results'
+
+
+@pytest.fixture
+def make_notebook(tmp_path):
+    """A function that writes `<tmp_path>/<name>.ipynb`: a heading, a parameters cell, then one cell for each
+    source.
+    """
+
+    def make(name: str, *sources: str, parameters: str = PARAMETERS) -> Path:
+        cells = [nbformat.v4.new_markdown_cell(f"# {name}"), nbformat.v4.new_code_cell(parameters)]
+        cells[1].metadata["tags"] = ["parameters"]
+        cells += [nbformat.v4.new_code_cell(source) for source in sources]
+        file = tmp_path / f"{name}.ipynb"
+        kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), file)
+        return file
+
+    return make

@@ -1,0 +1,52 @@
+"""What a folder holds of the official files, and the command that fetches them."""
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+from helpers import hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with two small weight files, the second cut short, and one config."""
+    for name in ("ema.safetensors", "ae.safetensors"):
+        save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, tmp_path / name, metadata={"format": "pt"})
+    whole = (tmp_path / "ae.safetensors").read_bytes()
+    (tmp_path / "ae.safetensors").write_bytes(whole[:-1])
+    (tmp_path / "llm_config.json").write_text("{}")
+    return tmp_path
+
+
+def test_the_inventory_tells_whole_truncated_and_missing_files_apart(folder):
+    found = {file.official.name: file for file in hub.inventory(folder)}
+    assert (found["ema.safetensors"].tensors, found["ema.safetensors"].truncated) == (2, False)
+    assert found["ae.safetensors"].truncated
+    assert found["llm_config.json"].bytes == 2 and found["vocab.json"].bytes is None
+    assert hub.bytes_missing(list(found.values())) == 335_278_732
+    assert hub.bytes_missing(hub.inventory(folder / "none")) == 29_214_520_256 + 335_278_732
+
+
+def test_a_file_without_a_header_counts_as_truncated(folder):
+    (folder / "ema.safetensors").write_bytes(b"\xff" * 20)
+    assert hub.inventory(folder)[0].truncated
+    with pytest.raises(ValueError, match="no whole safetensors header: fetch it again"):
+        hub.read_header(folder / "ema.safetensors")
+
+
+def test_the_folder_of_a_model_is_found(folder, monkeypatch):
+    assert hub.where(str(folder)) == folder and hub.where("no/such/folder") is None
+    assert hub.where("tiny") == ROOT / "helpers" / "tiny" / "checkpoint"
+    monkeypatch.setattr(hub, "usual_places", lambda: [folder / "none", folder])
+    assert hub.where() == folder
+
+
+def test_the_fetch_command_sets_both_mirror_variables():
+    assert hub.fetch_command("here") == "hf download ByteDance-Seed/BAGEL-7B-MoT --local-dir here"
+    mirrored = hub.fetch_command("here", mirror=True)
+    assert mirrored.startswith("HF_ENDPOINT=https://hf-mirror.com HF_HUB_DISABLE_XET=1 hf download")
+
+
+def test_free_space_is_that_of_the_nearest_existing_folder(tmp_path):
+    assert hub.free_bytes(tmp_path / "a" / "b") > 0
