@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MEMORY = {
     "cuda": "peak of the card's memory that PyTorch held, weights included",
-    "cpu": "growth of the process during the call, weights not included",
+    "cpu": "peak of the process beyond what it held before the first verb, weights not included",
 }
 # Side of the square matrices and bytes of the copy: large enough that starting the work does not count.
 _MATRIX = {"cuda": 8192, "cpu": 1024}
@@ -103,6 +103,7 @@ def verbs(
     `side` in pixels; `max_new_tokens` ends an answer; `count`: frames to predict. The text's speed is that of
     the tokens after the first, so reading the picture does not count in it; None for an answer of one token.
     """
+    before = psutil.Process().memory_info().rss
     drawn = {"height": side, "width": side, "seed": seed}
     picture = bagel.generate(prompt, num_timesteps=num_timesteps, **drawn).image
     size = f"{picture.width}x{picture.height}"
@@ -117,11 +118,11 @@ def verbs(
         )),
     )  # fmt: skip
     with progress(len(calls) + 1, "verbs") as step:
-        found = [_text(bagel, picture, question, max_new_tokens)]
+        found = [_text(bagel, picture, question, max_new_tokens, before)]
         step()
         for verb, made, call in calls:
             call(2)
-            found.append(_measure(bagel, verb, made, partial(call, num_timesteps)))
+            found.append(_measure(bagel, verb, made, partial(call, num_timesteps), before))
             step()
     return found
 
@@ -206,10 +207,7 @@ def limit_table(found: Limits, bagel: BagelPipeline, measured: Sequence[Measured
     pairs = {"arithmetic, GFLOP/s": (found.matmul, picture.flop / picture.seconds)}
     for speed in filter(None, (one.tokens_per_second for one in measured)):
         pairs["memory, GB/s"] = (found.copy, speed * token_bytes(bagel))
-    rows = [
-        (what, f"{has / 1e9:.1f}", f"{used / 1e9:.1f}", f"{used / has:.0%}")
-        for what, (has, used) in pairs.items()
-    ]
+    rows = [(what, f"{has / 1e9:.1f}", f"{used / 1e9:.1f}", f"{used / has:.0%}") for what, (has, used) in pairs.items()]
     return table((f"{found.device}, {found.dtype}", "this machine", "the model", "share"), rows)
 
 
@@ -259,7 +257,7 @@ def _line(axes: Any, points: list[Cost], across: str, label: str, limit: Limits)
     axes.plot(x, [one.flop / limit.matmul for one in points], ":", color=line.get_color())
 
 
-def _text(bagel: BagelPipeline, picture: Image.Image, question: str, limit: int) -> Measured:
+def _text(bagel: BagelPipeline, picture: Image.Image, question: str, limit: int, before: int) -> Measured:
     """An answer, and the speed of its tokens after the first: the difference to a call that stops there."""
 
     def answer(tokens: int) -> TextResult:
@@ -267,16 +265,16 @@ def _text(bagel: BagelPipeline, picture: Image.Image, question: str, limit: int)
 
     answer(2)
     first, answers = answer(1).seconds, []
-    measured = _measure(bagel, "understand", "", lambda: answers.append(answer(limit)))
+    measured = _measure(bagel, "understand", "", lambda: answers.append(answer(limit)), before)
     tokens, rest = len(answers[0].token_ids), measured.seconds - first
     speed = (tokens - 1) / rest if tokens > 1 and rest > 0 else None
     return replace(measured, made=f"{tokens} tokens", tokens_per_second=speed)
 
 
-def _measure(bagel: BagelPipeline, verb: str, made: str, call: Callable[[], Any]) -> Measured:
+def _measure(bagel: BagelPipeline, verb: str, made: str, call: Callable[[], Any], before: int) -> Measured:
     """Seconds and memory of one call; it hands back pictures or texts, so the device is done at its end."""
     gc.collect()
-    with _Memory(bagel.model.device) as memory:
+    with _Memory(bagel.model.device, before) as memory:
         start = time.perf_counter()
         call()
         seconds = time.perf_counter() - start
@@ -284,10 +282,13 @@ def _measure(bagel: BagelPipeline, verb: str, made: str, call: Callable[[], Any]
 
 
 class _Memory:
-    """Measures a block's memory as MEMORY says; `bytes` is set at its end."""
+    """Measures a block's memory as MEMORY says; `bytes` is set at its end.
 
-    def __init__(self, device: torch.device):
-        self.device, self.bytes = device, 0
+    `before`: what the process held, in bytes; it is left out on a processor.
+    """
+
+    def __init__(self, device: torch.device, before: int):
+        self.device, self.before, self.bytes = device, before, 0
         self._stop = threading.Event()
         self._process = psutil.Process()
 
@@ -295,8 +296,7 @@ class _Memory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            before = self._process.memory_info().rss
-            self._watcher = threading.Thread(target=self._watch, args=(before,), daemon=True)
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
             self._watcher.start()
         return self
 
@@ -307,10 +307,10 @@ class _Memory:
             self._stop.set()
             self._watcher.join()
 
-    def _watch(self, before: int) -> None:
+    def _watch(self) -> None:
         """The operating system keeps no peak that can be reset, so look often; a shorter peak is missed."""
         while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes, self._process.memory_info().rss - before)
+            self.bytes = max(self.bytes, self._process.memory_info().rss - self.before)
 
 
 def _fastest(device: torch.device, work: Callable[[], Any]) -> float:

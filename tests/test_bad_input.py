@@ -150,13 +150,9 @@ def test_texts_and_lists(bagel):
 
 
 def test_sampling_settings(bagel):
-    for options, message in (
-        ({"temperature": 0}, "temperature 0"),
-        ({"top_p": 0}, "top_p 0"),
-        ({"top_p": 2}, "top_p 2"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            bagel.understand(None, "what?", do_sample=True, **options)
+    for name, value in (("temperature", 0), ("top_p", 0), ("top_p", 2)):
+        with pytest.raises(ValueError, match=f"{name} {value}"):
+            bagel.understand(None, "what?", do_sample=True, **{name: value})
     with pytest.raises(ValueError, match="max_new_tokens 0"):
         bagel.understand(None, "what?", max_new_tokens=0)
 

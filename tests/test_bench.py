@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -99,17 +100,17 @@ def test_the_speed_of_a_text_leaves_the_reading_of_the_picture_out(monkeypatch, 
     def understand(_picture, _question, max_new_tokens):
         return SimpleNamespace(seconds=0.5, token_ids=[7] * min(tokens, max_new_tokens))
 
-    def measure(_bagel, verb, made, call):
+    def measure(_bagel, verb, made, call, _before):
         call()
         return Measured(verb, made, 2.0, 0)
 
     monkeypatch.setattr(bench, "_measure", measure)
-    found = bench._text(SimpleNamespace(understand=understand), None, "What?", 9)
+    found = bench._text(SimpleNamespace(understand=understand), None, "What?", 9, 0)
     assert (found.made, found.tokens_per_second) == (f"{tokens} tokens", speed)
 
 
 def test_memory_that_a_call_takes_is_seen():
-    with bench._Memory(CPU) as memory:
+    with bench._Memory(CPU, psutil.Process().memory_info().rss) as memory:
         taken = b"x" * 200_000_000
         deadline = time.monotonic() + 30
         while memory.bytes < 150e6 and time.monotonic() < deadline:
@@ -122,7 +123,7 @@ def test_on_a_card_the_peak_is_that_of_torch(monkeypatch):
     started = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", started.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    with bench._Memory(torch.device("cuda:1")) as memory:
+    with bench._Memory(torch.device("cuda:1"), before=3) as memory:
         assert started == [torch.device("cuda:1")]
     assert memory.bytes == 7
 

@@ -103,12 +103,12 @@ def train_autoencoder(
         if step % 100 == 99 or step + 1 == recipe.autoencoder_steps:
             psnr = -10 * torch.log10((restored - pixels).square().mean() / 4)
             log.write(stage="autoencoder", step=step + 1, error=error, kl=kl, psnr=psnr)
-    return _normalised(autoencoder.eval(), pools[SIDE])
+    return _normalised(autoencoder.eval(), pools[SIDE].draw(4 * recipe.autoencoder_batch))
 
 
-def _normalised(autoencoder: Autoencoder, pool: Pictures) -> Autoencoder:
+def _normalised(autoencoder: Autoencoder, pixels: Tensor) -> Autoencoder:
     with torch.inference_mode():
-        mean, logvar = autoencoder.posterior(pool.draw(512))
+        mean, logvar = autoencoder.posterior(pixels)
         latents = mean + torch.exp(logvar / 2) * torch.randn_like(mean)
     scale, shift = round(1 / latents.std().item(), 5), round(latents.mean().item(), 5)
     autoencoder.config = replace(autoencoder.config, scale_factor=scale, shift_factor=shift)
@@ -147,11 +147,10 @@ class Pictures:
 class Joint(nn.Module):
     """The loss of one step: all tasks packed into one sequence."""
 
-    def __init__(self, model: Bagel, autoencoder: Autoencoder, recipe: Recipe, widths: dict[str, list[int]]):
+    def __init__(self, model: Bagel, autoencoder: Autoencoder, recipe: Recipe, widths: dict, mixture: tuple[Task, ...]):
         super().__init__()
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.mixture = model, recipe, mixture
         self.autoencoder = [autoencoder]  # in a list: frozen, no submodule
-        self.mixture = recipe.mixture()
         self.device = model.device
         self.layouts = [Layout(self._segments(task, widths[task.name]), self.device) for task in self.mixture]
         vit = {size: fitted_size(size, size, model.config.vit_transform)[0] for size in (SIDE, CLIP_SIDE)}
@@ -360,7 +359,9 @@ def resize_matrix(before: int, after: int) -> Tensor:
 
 
 def resize_pixels(pixels: Tensor, matrix: Tensor) -> Tensor:
-    return (matrix @ pixels @ matrix.T).clamp(-1, 1)
+    """[..., before, before] in [-1, 1] -> [..., after, after]; clamped after each direction, as Pillow does."""
+    lines = (pixels @ matrix.T).clamp(-1, 1)
+    return (matrix @ lines).clamp(-1, 1)
 
 
 def new_model(config: BagelConfig, codec: TextCodec, seed: int, device: torch.device) -> Bagel:
@@ -483,7 +484,7 @@ def run(out: Path, recipe: Recipe, device: torch.device, minutes: float, workers
     trainer = Trainer(recipe, new_model(config, codec, recipe.seed, device))
     if (out / "progress.json").exists():
         trainer.load(out)
-    joint = Joint(trainer.model, autoencoder.to(trainer.model.dtype), recipe, widths)
+    joint = Joint(trainer.model, autoencoder.to(trainer.model.dtype), recipe, widths, recipe.mixture())
     if compiled:
         _compile(trainer.model, autoencoder)
     _steps(trainer, joint, _loader(batches, trainer.step, workers, device), log, started + 60 * minutes)
