@@ -47,9 +47,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
-            raise ValueError(
-                f"claim {self.key}: verdict {self.verdict!r} is not one of {', '.join(VERDICTS)}"
-            )
+            raise ValueError(f"claim {self.key}: verdict {self.verdict!r} is not one of {', '.join(VERDICTS)}")
 
 
 CLAIMS = (
@@ -61,8 +59,7 @@ CLAIMS = (
         verdict="measured differently",
         note="True of the official code. Here attention is PyTorch's own and the tiny model runs on "
         "a processor, so an older card is a matter of speed and memory.",
-        note_zh="对官方代码成立。本项目用 PyTorch 自带的注意力,小模型在 CPU 上就能运行,旧卡只是速度和显"
-        "存问题。",
+        note_zh="对官方代码成立。本项目用 PyTorch 自带的注意力,小模型在 CPU 上就能运行,旧卡只是速度和显存问题。",
         evidence="notebooks/00_setup.ipynb",
     ),
     Claim(
@@ -139,8 +136,7 @@ CLAIMS = (
         claim="It loads with AutoModelForCausalLM, AutoProcessor, apply_chat_template and decode_image",
         claim_zh="可用 AutoModelForCausalLM、AutoProcessor、apply_chat_template 和 decode_image 加载",
         verdict="refuted",
-        note="None of that exists upstream (transformers issue 38267 is open). Here it is "
-        "load_bagel(folder).",
+        note="None of that exists upstream (transformers issue 38267 is open). Here it is load_bagel(folder).",
         note_zh="上游并不存在这些接口(transformers issue 38267 仍未关闭)。本项目用 load_bagel(folder)。",
         evidence="huggingface/transformers issue 38267; notebooks/02_understanding.ipynb",
     ),
@@ -253,8 +249,7 @@ CLAIMS = (
         verdict="not testable here",
         note="Its own model card says 29.21 to 19.89 GB, peak 30.07 to 21.76 GB, 54 to 58 s on an "
         "A100, lossless. This version does not load the format.",
-        note_zh="其模型卡写明 29.21 → 19.89 GB,峰值 30.07 → 21.76 GB,A100 上 54 → 58 秒,无损。本版本不"
-        "加载该格式。",
+        note_zh="其模型卡写明 29.21 → 19.89 GB,峰值 30.07 → 21.76 GB,A100 上 54 → 58 秒,无损。本版本不加载该格式。",
         evidence="DFloat11's model card",
         command="python app.py, in the BAGEL repository of DFloat11's authors",
     ),
@@ -329,13 +324,9 @@ def rewrite(readme: str, lang: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m helpers.claims` prints the ledger; `--write` puts it into both READMEs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers.claims", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m helpers.claims", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lang", choices=sorted(_HEADERS), default="en")
-    parser.add_argument(
-        "--write", action="store_true", help="rewrite the ledger in README.md and README.zh.md"
-    )
+    parser.add_argument("--write", action="store_true", help="rewrite the ledger in README.md and README.zh.md")
     given = parser.parse_args(arguments)
     if not given.write:
         print(markdown(given.lang))

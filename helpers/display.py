@@ -174,9 +174,7 @@ class Progress:
         line = f"{self.label} [{'#' * filled}{'.' * (20 - filled)}] {self.done}/{self.total}"
         if sys.stdout.isatty():
             print("\r" + line, end="", flush=True)
-        elif (
-            "JPY_SESSION_NAME" in os.environ
-        ):  # set by a notebook server for the kernels it starts, by nothing else
+        elif "JPY_SESSION_NAME" in os.environ:  # set by a notebook server for the kernels it starts, by nothing else
             from IPython.display import display
 
             if self._handle is None:

@@ -184,9 +184,7 @@ def _weights(machine: Machine) -> Advice:
     have = card.memory / GB
     fits = [work for work, need in OFFICIAL_PEAK_GB.items() if need <= have]
     needs = ", ".join(f"{work} {need} GB" for work, need in OFFICIAL_PEAK_GB.items())
-    measured = (
-        f"peaks of the official code in bfloat16, measured on an H200: {needs}; this card has {have:.1f} GB"
-    )
+    measured = f"peaks of the official code in bfloat16, measured on an H200: {needs}; this card has {have:.1f} GB"
     if not card.bfloat16:
         capability = f"{card.capability[0]}.{card.capability[1]}"
         why = f"compute capability {capability} has no bfloat16 of its own (8.0 has); {small}"
@@ -210,12 +208,8 @@ def _flash_attn(machine: Machine) -> Advice:
     """flash-attn is a choice, never a need: where it can work at all, take a prebuilt one."""
     if not any(card.bfloat16 for card in machine.cards):
         return Advice("flash-attn", "leave it out", "it needs a card of compute capability 8.0 or newer")
-    why = (
-        "optional; on the package index it is source only and compiles for long, conda-forge has it prebuilt"
-    )
-    return Advice(
-        "flash-attn", "none, or prebuilt from conda-forge", why, "conda install -c conda-forge flash-attn"
-    )
+    why = "optional; on the package index it is source only and compiles for long, conda-forge has it prebuilt"
+    return Advice("flash-attn", "none, or prebuilt from conda-forge", why, "conda install -c conda-forge flash-attn")
 
 
 def _mirror(machine: Machine) -> Advice:

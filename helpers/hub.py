@@ -53,9 +53,7 @@ class FoundFile:
 
 
 OFFICIAL_FILES = (
-    OfficialFile(
-        "ema.safetensors", "decoder with both experts, ViT, connectors (bfloat16)", 1223, 29_214_520_256
-    ),
+    OfficialFile("ema.safetensors", "decoder with both experts, ViT, connectors (bfloat16)", 1223, 29_214_520_256),
     OfficialFile("ae.safetensors", "autoencoder of FLUX (float32)", 244, 335_278_732),
     OfficialFile("llm_config.json", "decoder sizes"),
     OfficialFile("vit_config.json", "ViT sizes"),

@@ -40,9 +40,7 @@ def parameters_of(notebook: Path) -> dict[str, Parameter]:
     cells = nbformat.read(notebook, as_version=4).cells
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
-        raise ParameterError(
-            f"{notebook.name} has {len(tagged)} cells tagged `parameters`; it needs exactly one"
-        )
+        raise ParameterError(f"{notebook.name} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
     return parse_parameters(tagged[0].source, notebook.name)
 
 
@@ -52,11 +50,7 @@ def parse_parameters(source: str, where: str = "the parameters cell") -> dict[st
     found = {}
     for statement in ast.parse(source).body:
         line = lines[statement.end_lineno - 1]
-        if not (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and statement.value
-        ):
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
             raise ParameterError(f"{where}: write `NAME: type = value  # what it does` instead of `{line}`")
         # Columns of the syntax tree count bytes, and a prompt may well be Chinese.
         rest = line.encode()[statement.end_col_offset :].decode()
@@ -158,9 +152,7 @@ def _wrong_type(parameter: Parameter, value: Any) -> str:
     if isinstance(value, str) and value.lower() in ("true", "false") and "bool" in parameter.type:
         cure = f"write `{parameter.name}: {value.lower()}` without quotes"
     elif isinstance(value, str) and "float" in parameter.type and _is_number(value):
-        cure = (
-            f"YAML reads 1e-3 as text; write it with a point and a sign: `{parameter.name}: {float(value)}`"
-        )
+        cure = f"YAML reads 1e-3 as text; write it with a point and a sign: `{parameter.name}: {float(value)}`"
     elif "str" in parameter.type and not isinstance(value, list | dict):
         cure = f'write `{parameter.name}: "{value}"` with quotes'
     return f"{parameter.name} is {value!r} ({type(value).__name__}), but must be {parameter.type}; {cure}"

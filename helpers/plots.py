@@ -52,9 +52,7 @@ def attention(looks: Looks, words: Sequence[int], layers: Sequence[int]) -> Shee
     for row, layer in zip(grid, layers, strict=True):
         for axes, word in zip(row, words, strict=True):
             axes.imshow(gray, cmap="gray", vmin=-255, vmax=510, extent=(0, width, height, 0))
-            axes.imshow(
-                looks.maps[layer, word].numpy(), cmap="inferno", alpha=0.65, extent=(0, width, height, 0)
-            )
+            axes.imshow(looks.maps[layer, word].numpy(), cmap="inferno", alpha=0.65, extent=(0, width, height, 0))
             axes.set_title(f"{looks.words[word].strip()!r} {100 * share[layer, word]:.0f} %", fontsize=9)
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"layer {layer}", fontsize=9)
@@ -77,9 +75,7 @@ def ball_paths(clip: clips.Clip, frames: Sequence[Image.Image], start: int) -> S
         axes.plot(*truth[:start, number].T, "s", **style, label=f"{ball.color}, given")
         found = [places[ball.color] for places in seen if ball.color in places] or [(math.nan, math.nan)]
         axes.plot(*np.array(found).T, "o", **style, alpha=0.8, label=f"{ball.color}, predicted")
-    axes.set(
-        xlim=(0, clips.SIDE), ylim=(clips.SIDE, 0), aspect="equal", xlabel="x in pixels", ylabel="y in pixels"
-    )
+    axes.set(xlim=(0, clips.SIDE), ylim=(clips.SIDE, 0), aspect="equal", xlabel="x in pixels", ylabel="y in pixels")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     return _sheet(figure)
 

@@ -106,9 +106,7 @@ def _section(out: Path, one: dict[str, Any]) -> str:
     shown = f'<h2 id="{name}">{name} {_verdict(one)}</h2>'
     if one["verdict"] == "not run" or not file.is_file():
         return shown
-    shown += f'<p><a href="{name}.html">page</a> · <a href="{name}.ipynb">notebook</a></p>' + _failure(
-        one["error"]
-    )
+    shown += f'<p><a href="{name}.html">page</a> · <a href="{name}.ipynb">notebook</a></p>' + _failure(one["error"])
     shown += _values("results", one["results"]) + _values("parameters", one["parameters"])
     for caption, kind, data in pictures(nbformat.read(file, as_version=4)):
         image = f'<img alt="{escape(caption)}" src="data:{kind};base64,{data}">'
@@ -132,10 +130,7 @@ def _values(title: str, values: dict[str, Any]) -> str:
     """Names and values, folded away: a page is for its pictures first."""
     if not values:
         return ""
-    texts = {
-        name: one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
-        for name, one in values.items()
-    }
+    texts = {name: one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for name, one in values.items()}
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in texts.items())
     return f"<details><summary>{escape(title)}</summary><dl>{rows}</dl></details>"
 

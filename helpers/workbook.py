@@ -116,9 +116,7 @@ def select(names: list[str], among: list[Path]) -> list[Path]:
     return list(dict.fromkeys(chosen)) or list(among)
 
 
-def plan(
-    names: list[str], model: str | None = None, params: str | None = None, out: str | None = None
-) -> Plan:
+def plan(names: list[str], model: str | None = None, params: str | None = None, out: str | None = None) -> Plan:
     """Check everything that can be wrong before a cell runs, and say what the run will be.
 
     `params` is a file or the name of one in `notebooks/params`; left out, it is `tiny`, or `7b` when `model`
@@ -221,9 +219,7 @@ def absolute_paths(notebook) -> list[str]:
     found = []
     for number, cell in enumerate(notebook.cells):
         texts = [cell.source, *(text for output in cell.get("outputs", []) for text in _texts(output))]
-        found += [
-            f"cell {number}: {match.group()}" for text in texts for match in _SOMEBODYS_PATH.finditer(text)
-        ]
+        found += [f"cell {number}: {match.group()}" for text in texts for match in _SOMEBODYS_PATH.finditer(text)]
     return found
 
 
@@ -251,21 +247,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers.workbook", description="Run the workbook's notebooks."
-    )
+    parser = argparse.ArgumentParser(prog="python -m helpers.workbook", description="Run the workbook's notebooks.")
     command = parser.add_subparsers(required=True).add_parser("run", help="execute notebooks into a folder")
     command.add_argument("--model", help="tiny, random-tiny, random-7b, or the folder of the weights")
-    command.add_argument(
-        "--params", help="a parameter file, or the name of one in notebooks/params (tiny, 7b)"
-    )
-    command.add_argument(
-        "--out", help="the folder for the results (default: outputs/<name of the parameter file>)"
-    )
+    command.add_argument("--params", help="a parameter file, or the name of one in notebooks/params (tiny, 7b)")
+    command.add_argument("--out", help="the folder for the results (default: outputs/<name of the parameter file>)")
     command.add_argument("--notebooks", nargs="*", default=[], help="names or numbers (default: all)")
-    command.add_argument(
-        "--in-place", action="store_true", help="execute the committed notebooks with their defaults"
-    )
+    command.add_argument("--in-place", action="store_true", help="execute the committed notebooks with their defaults")
     return parser
 
 
@@ -440,26 +428,16 @@ def _about(todo: Plan) -> dict[str, Any]:
 
 def _write_results(out: Path, about: dict[str, Any], outcomes: list[Outcome]) -> None:
     verdicts = {outcome.verdict for outcome in outcomes}
-    worst = (
-        "interrupted"
-        if verdicts & {"interrupted", "not run"}
-        else "failed"
-        if "failed" in verdicts
-        else "passed"
-    )
+    worst = "interrupted" if verdicts & {"interrupted", "not run"} else "failed" if "failed" in verdicts else "passed"
     seconds = round(sum(outcome.seconds for outcome in outcomes), 2)
     whole = about | {"finished": _now(), "seconds": seconds, "status": worst}
-    _write_json(
-        out / "results.json", {"schema": SCHEMA, "run": whole, "notebooks": [asdict(one) for one in outcomes]}
-    )
+    _write_json(out / "results.json", {"schema": SCHEMA, "run": whole, "notebooks": [asdict(one) for one in outcomes]})
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     """Write beside the file and rename: an interrupt leaves the old content, never half of the new."""
     half = file.with_suffix(".json.part")
-    half.write_text(
-        json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    half.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     shutil.move(half, file)
 
 
@@ -469,9 +447,7 @@ def _plain(notebook: str, name: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(value, default=lambda one: one.tolist(), allow_nan=False))
     except (AttributeError, TypeError) as error:
-        raise TypeError(
-            f"{notebook}: cannot record {name}={value!r}: give numbers, text, lists or dicts"
-        ) from error
+        raise TypeError(f"{notebook}: cannot record {name}={value!r}: give numbers, text, lists or dicts") from error
     except ValueError as error:
         raise ValueError(
             f"{notebook}: cannot record {name}={value!r}: JSON has no NaN or infinity; use None"
