@@ -45,17 +45,17 @@ class Task:
 
 # A step's mixture. Reasoning prompts come equally often with and without a written plan.
 MIXTURE = (
-    Task("generate", 320),
+    Task("generate", 480),
     Task("reason", 96, THINK_TO_DRAW),
     Task("reason_plain", 96),
-    Task("edit", 192),
-    Task("edit_turns", 48),
-    Task("understand", 352),
-    Task("understand_think", 48, THINK_TO_ANSWER),
-    Task("understand_two", 48),
+    Task("edit", 256),
+    Task("edit_turns", 32),
+    Task("understand", 192),
+    Task("understand_think", 32, THINK_TO_ANSWER),
+    Task("understand_two", 32),
     Task("story", 48),
     Task("frames", 32),
-    Task("frames_prompt", 16),
+    Task("frames_prompt", 24),
 )
 
 

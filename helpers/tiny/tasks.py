@@ -30,7 +30,7 @@ __all__ = [
     "answers_match", "blind_answers", "edit_verdict", "sample", "test_edits", "test_prompts",
     "test_questions",
 ]  # fmt: skip
-DENSE_SHARE = 0.4  # part of the generation prompts that say everything
+DENSE_SHARE = 0.2  # part of the generation prompts that say everything; these are learned first
 
 
 @dataclass(frozen=True)

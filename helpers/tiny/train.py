@@ -44,11 +44,11 @@ class Recipe:
     """All that decides the weights, beside the code and the versions."""
 
     seed: int = 0
-    autoencoder_steps: int = 5000
+    autoencoder_steps: int = 3500
     autoencoder_batch: int = 128
     autoencoder_lr: float = 1e-3
     kl_weight: float = 5e-4
-    steps: int = 8000
+    steps: int = 7200
     lr: float = 2e-3
     warmup: int = 300
     betas: tuple[float, float] = (0.9, 0.95)
@@ -347,8 +347,9 @@ class PackedAttention:
         return (und if gen is None else torch.cat([und, gen], dim=1)).transpose(1, 2)
 
     def _attend(self, bias: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        backend = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if q.is_cuda else nullcontext()
-        with backend:
+        # cuDNN is the faster one where sequences are long.
+        backend = SDPBackend.CUDNN_ATTENTION if q.shape[2] > 230 else SDPBackend.EFFICIENT_ATTENTION
+        with sdpa_kernel(backend) if q.is_cuda else nullcontext():
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
@@ -393,7 +394,7 @@ class Trainer:
         self.masters = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
         self.average = {name: weight.clone() for name, weight in self.masters.items()}
         self.model = model.to(torch.bfloat16 if model.device.type == "cuda" else torch.float32)
-        self.optimizer = torch.optim.AdamW(self.masters.values(), recipe.lr, recipe.betas, weight_decay=0.0)
+        self.optimizers = _optimizers(recipe, self.masters)
         self.parameters = [dict(model.named_parameters())[name] for name in self.masters]
         self.resumed_at = 0
 
@@ -402,8 +403,9 @@ class Trainer:
         for master, parameter in zip(self.masters.values(), self.parameters, strict=True):
             master.grad = parameter.grad.float()
         nn.utils.clip_grad_norm_(self.masters.values(), self.recipe.clip)
-        _set_lr(self.optimizer, self.recipe.lr, self.step, self.recipe.steps, self.recipe.warmup, self.resumed_at)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            _set_lr(optimizer, self.recipe.lr, self.step, self.recipe.steps, self.recipe.warmup, self.resumed_at)
+            optimizer.step()
         self.step += 1
         # Early on the average follows faster, so that it forgets the start.
         decay = min(self.recipe.ema, self.step / (self.step + 10))
@@ -420,7 +422,7 @@ class Trainer:
         return {**self.model.state_dict(), **self.average}
 
     def save(self, folder: Path) -> None:
-        """State in files of at most 16 MiB. Adam's moments are left out: they forget within tens of steps."""
+        """State in files of at most 16 MiB. The optimizers' moments are left out: they forget within tens of steps."""
         names = list(self.masters)
         for number, half in enumerate((names[::2], names[1::2])):
             save_file({name: self.masters[name] for name in half}, folder / f"weights_{number}.safetensors")
@@ -438,8 +440,23 @@ class Trainer:
         self.write_back()
 
 
+def _optimizers(recipe: Recipe, weights: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of all layers, AdamW for the rest; both move a weight about equally far a step.
+
+    On this model Muon reaches a loss of the first hundred steps in about three quarters of AdamW's steps.
+    """
+    inner = [name for name, weight in weights.items() if weight.ndim == 2 and ".layers." in name]
+    rest = [weight for name, weight in weights.items() if name not in inner]
+    return [
+        torch.optim.AdamW(rest, recipe.lr, recipe.betas, weight_decay=0.0),
+        torch.optim.Muon(
+            [weights[name] for name in inner], recipe.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        ),
+    ]
+
+
 def _set_lr(optimizer, peak: float, step: int, steps: int, warmup: int, resumed_at: int = 0) -> None:
-    """Linear warm-up, cosine to zero; after a resumption a short warm-up lets Adam's moments settle."""
+    """Linear warm-up, cosine to zero; after a resumption a short warm-up lets the moments settle."""
     lr = peak * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) * min(1.0, (step + 1) / warmup)
     if resumed_at:
         lr *= min(1.0, (step - resumed_at + 1) / 50)
