@@ -7,7 +7,6 @@ bytes that a token reads) says so.
 from __future__ import annotations
 
 import gc
-import io
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from PIL import Image
 from .bagel.config import BagelConfig
 from .bagel.flow import FlowSettings, timesteps
 from .claims import CLAIMS
-from .display import Sheet, Table, progress, table
+from .display import Sheet, Table, figure_sheet, progress, table
 
 if TYPE_CHECKING:
     from .pipeline import BagelPipeline, TextResult
@@ -152,7 +151,7 @@ def forwards(settings: dict) -> int:
 
     One for each step, and one more, without the text, for each step with guidance.
     """
-    flow = FlowSettings(**{name: settings[name] for name in FlowSettings.__dataclass_fields__})
+    flow = FlowSettings.among(settings)
     guided = flow.guided(timesteps(flow.num_timesteps, flow.timestep_shift))[:-1]
     return len(guided) + sum(guided)
 
@@ -245,9 +244,7 @@ def plot_costs(found: Sequence[Cost], limit: Limits) -> Sheet:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         axes.spines[["top", "right"]].set_visible(False)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=100)
-    return Sheet(Image.open(drawn).convert("RGB"))
+    return figure_sheet(figure, dpi=100)
 
 
 def _line(axes: Any, points: list[Cost], across: str, label: str, limit: Limits) -> None:

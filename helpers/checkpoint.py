@@ -6,7 +6,6 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -17,6 +16,7 @@ from .bagel.layers import KERNELS
 from .bagel.model import Bagel
 from .bagel.session import Parts
 from .bagel.text import TextCodec
+from .hardware import main_memory
 
 MODEL_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
 WEIGHTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -65,7 +65,7 @@ def choose(device: str, weights: str, attention: str) -> Choices:
         reasons.append(f"{attention} because {why}")
     elif attention not in KERNELS:
         raise ValueError(f"attention {attention!r} must be one of auto, {', '.join(KERNELS)}.")
-    _check_attention(attention, chosen)
+    _check_attention(attention, chosen, weights)
     return Choices(chosen, weights, attention, "; ".join(reasons) or "as asked")
 
 
@@ -74,7 +74,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device {name!r} must be 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} must be 'auto', 'cpu', 'cuda' or 'cuda:N'.")
@@ -100,12 +100,14 @@ def _attention(device: torch.device) -> tuple[str, str]:
     return "sdpa", "PyTorch's own attention runs on every device"
 
 
-def _check_attention(attention: str, device: torch.device) -> None:
+def _check_attention(attention: str, device: torch.device, weights: str) -> None:
     if attention == "sdpa":
         return
     if device.type == "cpu":
         raise ValueError(f"attention {attention!r} needs a CUDA card; on the CPU use 'sdpa'.")
     if attention == "flash_attn":
+        if WEIGHTS[weights] != torch.bfloat16:
+            raise ValueError(f"attention 'flash_attn' computes in 16 bits, not with weights={weights!r}: use 'sdpa'.")
         try:
             import flash_attn  # noqa: F401 - only whether it can be imported
         except ImportError as error:
@@ -156,7 +158,7 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def _open(file: Path, device: torch.device | str = "cpu"):
-    if not file.exists():
+    if not file.is_file():
         raise FileNotFoundError(
             f"{file} is missing: a BAGEL folder holds {MODEL_FILE} and {AUTOENCODER_FILE}; notebook 01 shows how to "
             "fetch them."
@@ -173,9 +175,18 @@ def _open(file: Path, device: torch.device | str = "cpu"):
 def _tokenizer(folder: Path):
     from transformers import Qwen2Tokenizer
 
-    if not (folder / "tokenizer_config.json").exists():
-        raise FileNotFoundError(f"{folder / 'tokenizer_config.json'} is missing: fetch the tokenizer's files again.")
-    return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    # Without its words the tokenizer would still load, and turn every text into nothing.
+    words = ("tokenizer.json",) if (folder / "tokenizer.json").exists() else ("vocab.json", "merges.txt")
+    for name in ("tokenizer_config.json", *words):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: fetch the tokenizer's files again.")
+    try:
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing more precise for a damaged file
+        raise ValueError(
+            f"The tokenizer's files in {folder} cannot be read ({error}): fetch tokenizer_config.json and "
+            f"{' and '.join(words)} again."
+        ) from error
 
 
 def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
@@ -189,8 +200,7 @@ def check_memory(needed: int, choices: Choices) -> None:
         holders = _card_processes()
         cure = "end the process that holds the card (nvidia-smi), or choose a smaller weight format or another card"
     else:
-        memory = psutil.virtual_memory()
-        free, total, holders = memory.available, memory.total, ""
+        (total, free), holders = main_memory(), ""
         cure = "close other programs, or use weights='bf16'" if choices.weights == "fp32" else "close other programs"
     if needed > free:
         raise MemoryError(

@@ -32,7 +32,8 @@ class Claim:
     that lists it.
 
     `command` settles, or at least shows, on the reader's own card what could not be tested here; it is empty
-    where nothing is left to settle, or where nothing can (the note then says so).
+    where nothing is left to settle, or where nothing can (the note then says so). `foreign` names whose program
+    a command is, where it is not this workbook's: such a command was taken from its makers and not tried here.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Claim:
     note_zh: str
     evidence: str
     command: str = ""
+    foreign: str = ""
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -80,10 +82,10 @@ CLAIMS = (
         claim="torch 2.5.0 with CUDA 11.8 or 12.1, Python 3.10",
         claim_zh="torch 2.5.0,CUDA 11.8 或 12.1,Python 3.10",
         verdict="refuted",
-        note="The official requirements say torch 2.5.1 and transformers 4.49.0. This workbook pins "
-        "torch 2.13.0 and needs 2.11 or newer, on Python 3.11 or newer.",
-        note_zh="官方 requirements 写的是 torch 2.5.1 和 transformers 4.49.0。本工作簿固定 torch "
-        "2.13.0,要求 2.11 以上和 Python 3.11 以上。",
+        note="The official requirements say torch 2.5.1 and transformers 4.49.0; Python 3.10 is the official README's. "
+        "This workbook pins torch 2.13.0 and needs 2.11 or newer, on Python 3.11 or newer.",
+        note_zh="官方 requirements 写的是 torch 2.5.1 和 transformers 4.49.0;Python 3.10 与官方 README 一致。"
+        "本工作簿固定 torch 2.13.0,要求 2.11 以上和 Python 3.11 以上。",
         evidence="constraints.txt",
     ),
     Claim(
@@ -92,8 +94,9 @@ CLAIMS = (
         claim="V100 and older fail because bfloat16 is missing; remove flash-attn and cast to fp16 or fp32",
         claim_zh="V100 及更老的卡因没有 bfloat16 而报错;去掉 flash-attn 并转成 fp16 或 fp32",
         verdict="not testable here",
-        note="No card of that age was at hand. The float32 path of the tiny model runs everywhere.",
-        note_zh="手头没有这么老的卡。小模型的 float32 路径在任何机器上都能运行。",
+        note="No card of that age was at hand. The float32 path of the tiny model runs everywhere; this version "
+        "offers no fp16.",
+        note_zh="手头没有这么老的卡。小模型的 float32 路径在任何机器上都能运行;本版本不提供 fp16。",
         evidence="notebooks/00_setup.ipynb",
         command="make run NOTEBOOKS=02",
     ),
@@ -113,8 +116,9 @@ CLAIMS = (
         claim="7 G active parameters, 14 G in all",
         claim_zh="激活参数 7 G,总参数 14 G",
         verdict="reproduced",
-        note="Counted from the shapes of the official tensors: 6.53 G in one expert's layers, 14.6 G in all.",
-        note_zh="由官方张量的形状计数:单个专家各层 6.53 G,总计 14.6 G(含编码器)。",
+        note="Counted from the shapes of the official tensors: 6.53 G in one expert's layers, 14.6 G in all "
+        "(ViT included, autoencoder not).",
+        note_zh="由官方张量的形状计数:单个专家各层 6.53 G,总计 14.6 G(含 ViT,不含自编码器)。",
         evidence="tests/reference/manifest_ema.json",
     ),
     Claim(
@@ -171,7 +175,8 @@ CLAIMS = (
         "tokens). Its memory was not measured.",
         note_zh="vLLM 只加载理解部分,并把每张图缩放到 980x980(4,900 个 token)。未测其显存。",
         evidence="vLLM's BAGEL model file",
-        command="vllm serve <folder>",
+        command="vllm serve <folder> --trust-remote-code --max-model-len 8192",
+        foreign="vLLM",
     ),
     Claim(
         key="app-options",
@@ -251,7 +256,8 @@ CLAIMS = (
         "A100, lossless. This version does not load the format.",
         note_zh="其模型卡写明 29.21 → 19.89 GB,峰值 30.07 → 21.76 GB,A100 上 54 → 58 秒,无损。本版本不加载该格式。",
         evidence="DFloat11's model card",
-        command="python app.py, in the BAGEL repository of DFloat11's authors",
+        command="python app.py",
+        foreign="LeanModels/Bagel-DFloat11",
     ),
     Claim(
         key="int8",
@@ -263,7 +269,8 @@ CLAIMS = (
         "make about 16.2 GB; the peak was not measured.",
         note_zh="28 层线性权重每个 1 字节、其余 bfloat16,约 16.2 GB;峰值未测。",
         evidence="tests/reference/manifest_ema.json",
-        command="python app.py --mode 3, in the official repository",
+        command="python app.py --mode 3 --model_path <folder>",
+        foreign="ByteDance-Seed/Bagel",
     ),
     Claim(
         key="memory-advice",
@@ -275,7 +282,8 @@ CLAIMS = (
         "No such card was at hand.",
         note_zh="自相矛盾:它说 INT8 峰值 16-18 GB,而 4080 SUPER 只有 16 GB。手头没有这些卡。",
         evidence="notebooks/06_hardware_benchmark.ipynb",
-        command="python app.py --mode 3, in the official repository",
+        command="python app.py --mode 3 --model_path <folder>",
+        foreign="ByteDance-Seed/Bagel",
     ),
     Claim(
         key="gguf",
@@ -350,8 +358,9 @@ def _cells(claim: Claim, lang: str) -> tuple[str, str, str, str]:
         said = (claim.claim_zh, VERDICTS[claim.verdict], claim.note_zh)
     else:
         said = (claim.claim, claim.verdict, claim.note)
-    settle = {"en": "on your card: ", "zh": "在你的卡上:"}[lang]
-    return (*said, claim.evidence + (f"; {settle}`{claim.command}`" if claim.command else ""))
+    settle = {"en": "; on your card: `{}`", "zh": "; 在你的卡上:`{}`"}[lang].format(claim.command)
+    whose = {"en": " ({}'s, not tried here)", "zh": "({} 的命令,此处未试)"}[lang].format(claim.foreign)
+    return (*said, claim.evidence + (settle if claim.command else "") + (whose if claim.foreign else ""))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,16 @@ class Animation:
         display(self.still)
 
 
+def figure_sheet(figure, dpi: int = 90) -> Sheet:
+    """A matplotlib figure as a picture of its size in inches times `dpi` pixels.
+
+    For figures made with `matplotlib.figure.Figure`: without pyplot no figure stays open behind anyone's back.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    return Sheet(Image.open(drawn).convert("RGB"))
+
+
 def grid(
     pictures: Sequence[Image.Image],
     titles: Sequence[str] | None = None,

@@ -25,13 +25,13 @@ TORCH_SELECTOR = "https://pytorch.org/get-started/locally/"
 
 @dataclass(frozen=True)
 class Card:
-    """A CUDA card; memory in bytes, `capability` as (major, minor), `driver` such as "580.65.06"."""
+    """A CUDA card; memory in bytes, `capability` as (major, minor), `driver` such as "580.65.06" (None: unknown)."""
 
     name: str
     capability: tuple[int, int]
     memory: int
     memory_free: int
-    driver: str
+    driver: str | None
 
     @property
     def bfloat16(self) -> bool:
@@ -75,9 +75,7 @@ def inspect(disk: Path | str = ".") -> Machine:
 
     `disk` names the disk whose free space counts: any path on it.
     """
-    import psutil
-
-    memory, memory_free = _memory(psutil.virtual_memory())
+    memory, memory_free = main_memory()
     torch_cuda, sees_card, torch_cards = _torch_view()
     return Machine(
         processor=_processor(),
@@ -125,7 +123,7 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
     """The machine as (name, value) rows for a table; sizes in GB of 10^9 bytes."""
     cards = [
         f"{c.name}, compute capability {c.capability[0]}.{c.capability[1]}, "
-        f"{c.memory_free / GB:.1f} of {c.memory / GB:.1f} GB free, driver {c.driver}, "
+        f"{c.memory_free / GB:.1f} of {c.memory / GB:.1f} GB free, driver {c.driver or 'unknown'}, "
         f"bfloat16 {'yes' if c.bfloat16 else 'no'}"
         for c in machine.cards
     ]
@@ -149,6 +147,9 @@ def _torch_build(machine: Machine) -> Advice:
     if not machine.cards:
         return Advice("torch build", "the CPU build", "no CUDA card is here", _install("cpu"))
     card = min(machine.cards, key=lambda one: one.capability)
+    if card.driver is None:
+        why = f"it uses {card.name}; the driver's version is not known without nvidia-smi"
+        return Advice("torch build", f"torch {machine.torch} as it is", why)
     driver = int(card.driver.split(".")[0])
     if driver < CUDA_12_DRIVER:
         return Advice(
@@ -290,12 +291,15 @@ def _torch_view() -> tuple[str | None, bool, tuple[Card, ...]]:
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
-        cards.append(Card(name, capability, total, free, "unknown"))
+        cards.append(Card(name, capability, total, free, driver=None))
     return torch.version.cuda, True, tuple(cards)
 
 
-def _memory(host) -> tuple[int, int]:
+def main_memory() -> tuple[int, int]:
     """(total, free) bytes of main memory; in a container its own limit counts, not the host's memory."""
+    import psutil
+
+    host = psutil.virtual_memory()
     limit = _control_group("memory.max")
     if limit is None or limit >= host.total:
         return host.total, host.available

@@ -24,8 +24,6 @@ PARTS = {
     "autoencoder": ("encoder.", "decoder."),
 }
 REST = "connectors, time, places"
-# Names that load_bagel takes instead of a folder.
-BUILT_IN = ("tiny", "random-tiny", "random-7b")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def inventory(folder: Path | str) -> list[FoundFile]:
 
 
 def where(model: str = "") -> Path | None:
-    """The folder of the weights: of a built-in model, of a folder's name, or (model="") a usual place.
+    """The folder of the weights: of the tiny model, of a folder's name, or (model="") a usual place.
 
     A relative name is anchored on the repository. None when nothing is there.
     """

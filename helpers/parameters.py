@@ -76,9 +76,12 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
             raise ParameterError(f"{notebook.name}: {_wrong_type(known[name], value)}")
 
 
-def unknown_name(name: str, valid: list[str]) -> str:
-    """The sentence that refuses `name`: the nearest valid name if there is one, then all of them."""
-    near = get_close_matches(name.upper(), valid, n=1)
+def unknown_name(name: Any, valid: list[str]) -> str:
+    """The sentence that refuses `name`: the nearest valid name if there is one, then all of them.
+
+    `name` is what YAML made of it: a number or, for words such as `on`, a bool.
+    """
+    near = get_close_matches(str(name).upper(), valid, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"unknown parameter {name}.{hint} Valid: {', '.join(valid)}"
 
@@ -93,7 +96,7 @@ def read_values(path: Path) -> dict[str, dict[str, Any]]:
         raise ParameterError(f"no parameter file {path}; .yml files in that folder: {there}")
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path.name} is not YAML: {error}") from error
     if not isinstance(sections, dict) or not all(isinstance(part, dict | None) for part in sections.values()):
         raise ParameterError(

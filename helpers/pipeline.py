@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .bagel.checks import whole_number
+from .bagel.context import check_length
 from .bagel.decoding import sampling_processors
 from .bagel.flow import FlowSettings
 from .bagel.images import fitted_size, open_picture
@@ -25,6 +27,7 @@ from .checkpoint import choose, load
 
 TINY = Path(__file__).parent / "tiny" / "checkpoint"
 MAX_NEW_TOKENS = 1000  # the official limit of an answer
+MOST_SEED = 2**63  # seeds of a batch count up, and torch takes 64 bits
 NEXT_FRAME = "the next frame"
 
 Picture = Image.Image | Path | str
@@ -71,6 +74,8 @@ def load_bagel(
     `weights`: "auto", "bf16", "fp32". `device`: "auto", "cpu", "cuda", "cuda:N". `attention`: "auto", "sdpa",
     "cudnn", "flash_attn". Prints what "auto" chose and why. Errors: see `helpers.checkpoint.load`.
     """
+    if not isinstance(model, (str, Path)):
+        raise TypeError(f"model {model!r} ({type(model).__name__}) must be 'tiny' or the name of a folder.")
     folder = TINY if str(model) == "tiny" else Path(model)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -87,8 +92,15 @@ class BagelPipeline:
     """One loaded model and its verbs. Nothing but the weights survives a call."""
 
     def __init__(self, parts: Parts, folder: Path):
-        self.parts = parts
+        self._parts: Parts | None = parts
         self.folder = folder
+
+    @property
+    def parts(self) -> Parts:
+        """Model, autoencoder and text codec. Raises RuntimeError once they are freed."""
+        if self._parts is None:
+            raise RuntimeError(f"This model of {self.folder.name} was closed: load it again with load_bagel.")
+        return self._parts
 
     @property
     def model(self):
@@ -113,7 +125,7 @@ class BagelPipeline:
 
     def close(self) -> None:
         """Free the weights' memory; the object cannot be used afterwards."""
-        del self.parts
+        self._parts = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -134,6 +146,7 @@ class BagelPipeline:
         A list of questions is a batch: then `image_or_images` is None, one picture for all, or a list with an entry
         (a picture or a list of pictures, equally many for all) for each question. `max_new_tokens` None: 1000.
         """
+        question = _texts("question", question)
         batch = len(question) if isinstance(question, list) else None
         inputs = [*_columns(image_or_images, batch), question]
         writing = Writing(max_new_tokens, do_sample, temperature, top_p)
@@ -161,12 +174,9 @@ class BagelPipeline:
 
         Sizes in pixels (None: the model's native square). `on_step(step, t, latent)` hears of every step.
         """
-        flow = FlowSettings(
-            cfg_text_scale, cfg_img_scale, tuple(cfg_interval), timestep_shift, num_timesteps, cfg_renorm_min,
-            cfg_renorm_type, step_cache,
-        )  # fmt: skip
+        flow = FlowSettings.among(locals())
         drawing = Drawing(flow, height, width, "sample", "both", max_think_tokens, on_step)
-        return _only(self._run([prompt], ["image"], think, Writing(), drawing, seed))
+        return _only(self._run([_texts("prompt", prompt)], ["image"], think, Writing(), drawing, seed))
 
     def edit(
         self,
@@ -191,13 +201,11 @@ class BagelPipeline:
 
         `encoders`: "both" (the model's way), or "vae" or "vit" to see what one encoder alone can do.
         """
-        flow = FlowSettings(
-            cfg_text_scale, cfg_img_scale, tuple(cfg_interval), timestep_shift, num_timesteps, cfg_renorm_min,
-            cfg_renorm_type, step_cache,
-        )  # fmt: skip
+        flow = FlowSettings.among(locals())
         drawing = Drawing(flow, None, None, posterior, encoders, max_think_tokens, on_step)
-        pictures = [_picture(one) for one in image] if isinstance(image, list) else _picture(image)
-        return _only(self._run([pictures, instruction], ["image"], think, Writing(), drawing, seed))
+        pictures = [_picture(one) for one in image] if isinstance(image, (list, tuple)) else _picture(image)
+        inputs = [pictures, _texts("instruction", instruction)]
+        return _only(self._run(inputs, ["image"], think, Writing(), drawing, seed))
 
     def interleave(
         self,
@@ -232,10 +240,7 @@ class BagelPipeline:
         each sample). Pictures enter as ViT blocks alone when no image is to be made. An image takes the size of the
         last picture before it, else (height, width), else the model's native square. `encoders`: as in `edit`.
         """
-        flow = FlowSettings(
-            cfg_text_scale, cfg_img_scale, tuple(cfg_interval), timestep_shift, num_timesteps, cfg_renorm_min,
-            cfg_renorm_type, step_cache,
-        )  # fmt: skip
+        flow = FlowSettings.among(locals())
         writing = Writing(max_new_tokens, do_sample, temperature, top_p)
         drawing = Drawing(flow, height, width, posterior, encoders, max_think_tokens, on_step)
         return self._run(inputs, make, think, writing, drawing, seed)
@@ -265,21 +270,22 @@ class BagelPipeline:
         `prompt` None: "the next frame"; it stands before each new frame. `height` and `width` count without frames.
         Experimental on the released weights, which were trained on clips of few frames.
         """
-        if not frames and prompt is None:
-            raise ValueError("Without frames there must be a prompt that describes the clip.")
-        flow = FlowSettings(
-            cfg_text_scale, cfg_img_scale, tuple(cfg_interval), timestep_shift, num_timesteps, cfg_renorm_min,
-            cfg_renorm_type, step_cache,
-        )  # fmt: skip
+        flow = FlowSettings.among(locals())
         drawing = Drawing(flow, height, width, posterior, "both", 0, on_step)
+        frames = frames if isinstance(frames, (list, tuple)) else [] if frames is None else [frames]
         batch = len(frames) if frames and isinstance(frames[0], (list, tuple)) else None
-        instruction = NEXT_FRAME if prompt is None else prompt
-        inputs = [*_columns(frames, batch), *([instruction] * _positive("count", count))]
+        given = _columns(frames, batch)
+        if not given and prompt is None:
+            raise ValueError("Without frames there must be a prompt that describes the clip.")
+        instruction = NEXT_FRAME if prompt is None else _texts("prompt", prompt)
+        if batch and isinstance(instruction, str):
+            instruction = [instruction] * batch
+        count = whole_number("count", count, least=1)
+        inputs = [*given, *([instruction] * count)]
         work = Work.prepare(self, inputs, ["image"] * count, False, Writing(), drawing, seed)
-        given, instructions = work.parts[:-count], work.parts[-count:]
-        work.append(given)
+        work.append(work.parts[:-count])
         results = []
-        for texts in instructions:
+        for texts in work.parts[-count:]:
             work.append([texts])
             results.append(work.image(keep=len(results) + 1 < count))
         clips = [
@@ -301,16 +307,21 @@ class BagelPipeline:
 
 @dataclass(frozen=True)
 class Writing:
-    """How text is written. Raises ValueError for values without meaning."""
+    """How text is written. Raises ValueError for values without meaning, TypeError for what is no number."""
 
     max_new_tokens: int | None = None
     do_sample: bool = False
     temperature: float = 0.3
     top_p: float = 1.0
 
+    def __post_init__(self):
+        if self.max_new_tokens is not None:
+            whole_number("max_new_tokens", self.max_new_tokens, least=1)
+        self.processors()
+
     @property
     def limit(self) -> int:
-        return MAX_NEW_TOKENS if self.max_new_tokens is None else _positive("max_new_tokens", self.max_new_tokens)
+        return MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
     def processors(self):
         return sampling_processors(self.temperature, self.top_p) if self.do_sample else None
@@ -337,7 +348,11 @@ class Drawing:
 
 @dataclass
 class Work:
-    """One call of a verb: its inputs as columns (a value for each sample), its session, what it shall make."""
+    """One call of a verb: its inputs as columns (a value for each sample), its session, what it shall make.
+
+    `words`: where sampled texts draw from, a generator a sample: not from that of the pixels, so that sampling a text
+    leaves the noise alone. `size`: (height, width) of all pictures to make.
+    """
 
     pipeline: BagelPipeline
     parts: list[list]
@@ -347,6 +362,7 @@ class Work:
     writing: Writing
     drawing: Drawing | None
     seeds: list[int]
+    words: list[torch.Generator]
     size: tuple[int, int]
     started: float
 
@@ -357,12 +373,13 @@ class Work:
         _check_make(make)
         parts, batched = _normalise(inputs)
         seeds = _seeds(seed, len(parts[0]))
-        size = _size(pipeline.config, drawing) if "image" in make else (0, 0)
+        size = _size(pipeline.config, parts, drawing) if "image" in make else (0, 0)
         plan = _plan(pipeline.parts, parts, make, think, writing, drawing, size)
-        session = Session(pipeline.parts, plan, [torch.Generator().manual_seed(s) for s in seeds])
+        noise, words = ([torch.Generator().manual_seed(s) for s in seeds] for _ in range(2))
+        session = Session(pipeline.parts, plan, noise)
         if think:
             session.append_text([THINK_TO_DRAW if "image" in make else THINK_TO_ANSWER] * plan.batch, system=True)
-        return cls(pipeline, parts, batched, session, think, writing, drawing, seeds, size, started)
+        return cls(pipeline, parts, batched, session, think, writing, drawing, seeds, words, size, started)
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started
@@ -373,7 +390,7 @@ class Work:
 
     def text(self, keep: bool) -> list[TextResult]:
         """Write a text for each sample; `keep` appends it to the context."""
-        ids, texts = self._write(self.writing.limit, self.writing)
+        ids, texts = self._write(self.writing.limit)
         if keep:
             self.session.append_written(texts)
         split = [split_thought(text) if self.think else (None, text) for text in texts]
@@ -384,47 +401,47 @@ class Work:
         """Draw a picture for each sample, after a thought in think mode; `keep` appends it to the context."""
         thoughts = [None] * len(self.seeds)
         if self.think:
-            _, thoughts = self._write(self.drawing.max_think_tokens, Writing())
+            _, thoughts = self._write(self.drawing.max_think_tokens)
             self.session.append_written(thoughts)
-        size = self.session.image_size or self.size
-        pictures, latents = self.session.draw(self.drawing.flow, size, self.drawing.on_step)
+        pictures, latents = self.session.draw(self.drawing.flow, self.size, self.drawing.on_step)
         if keep:
             self.session.append_pictures(pictures)
-        settings = {**asdict(self.drawing.flow), "height": size[0], "width": size[1], "think": self.think}
+        settings = {**asdict(self.drawing.flow), "height": self.size[0], "width": self.size[1], "think": self.think}
         seconds = self.seconds()
         return [
             ImageResult(picture, latent.cpu(), thought, seed, settings, seconds)
             for picture, latent, thought, seed in zip(pictures, latents, thoughts, self.seeds, strict=True)
         ]
 
-    def _write(self, limit: int, writing: Writing) -> tuple[list[list[int]], list[str]]:
-        # Words and pixels draw from generators of their own, so that sampling a text leaves the noise alone.
-        generators = [torch.Generator().manual_seed(s) for s in self.seeds] if writing.do_sample else None
-        ids = self.session.write(limit, writing.processors(), generators)
+    def _write(self, limit: int) -> tuple[list[list[int]], list[str]]:
+        generators = self.words if self.writing.do_sample else None
+        ids = self.session.write(limit, self.writing.processors(), generators)
         return ids, [self.pipeline.codec.decode(row) for row in ids]
 
 
 def _plan(parts: Parts, inputs, make, think, writing: Writing, drawing: Drawing | None, size) -> Plan:
-    """The most tokens that inputs and results can take."""
+    """The most tokens that inputs and results can take. Raises ValueError when the inputs alone are too many."""
     config, drawn = parts.config, "image" in make
-    tokens, last = 0, size
-    if think:
-        tokens += max(len(parts.codec.encode(text)) for text in (THINK_TO_DRAW, THINK_TO_ANSWER))
-    for part in inputs:
+    batch, longest = len(inputs[0]), config.decoder.max_position_embeddings
+    texts = [[THINK_TO_DRAW if drawn else THINK_TO_ANSWER] * batch] if think else []
+    widths = []  # of each part, the tokens of every sample
+    for part in [*texts, *inputs]:
         if isinstance(part[0], str):
-            tokens += max(len(parts.codec.encode(text)) for text in part)
+            widths.append([len(parts.codec.encode(text)) for text in part])
         else:
-            last = fitted_size(part[0].height, part[0].width, config.vae_transform)
-            tokens += block_tokens(config, last, drawn)
+            widths.append([block_tokens(config, (part[0].height, part[0].width), drawn)] * batch)
+    # Before buffers are made for them: a text that is far too long would otherwise run out of memory.
+    check_length(max(map(sum, zip(*widths, strict=True))), longest)
+    tokens = sum(map(max, widths))
     for kind in make:
         limit = writing.limit if kind == "text" else _thought_limit(drawing) if think else 0
         # A written text is encoded again when it is appended: a byte that is no UTF-8 becomes up to three tokens.
-        tokens += 3 * limit + 2 + (block_tokens(config, last, True) if kind == "image" else 0)
+        tokens += 3 * limit + 2 + (block_tokens(config, size, True) if kind == "image" else 0)
     guided = drawn and drawing.flow.cfg_text_scale > 1 and drawing.flow.cfg_img_scale > 1
     return Plan(
-        batch=len(inputs[0]),
-        capacity=tokens,
-        block=latent_block(config, last) if drawn else 0,
+        batch=batch,
+        capacity=min(tokens, batch * longest),
+        block=latent_block(config, size) if drawn else 0,
         image_branch=guided,
         for_drawing=drawn,
         posterior=drawing.posterior if drawn else "mean",
@@ -433,24 +450,32 @@ def _plan(parts: Parts, inputs, make, think, writing: Writing, drawing: Drawing 
 
 
 def _thought_limit(drawing: Drawing) -> int:
-    return _positive("max_think_tokens", drawing.max_think_tokens)
+    return whole_number("max_think_tokens", drawing.max_think_tokens, least=1)
 
 
-def _size(config, drawing: Drawing) -> tuple[int, int]:
-    """(height, width) of a picture that follows no other. Raises ValueError where the model has no such size."""
+def _size(config, parts: list[list], drawing: Drawing) -> tuple[int, int]:
+    """(height, width) of the pictures to make: of the last picture given, else as asked, else the native square.
+
+    It stays the same for all of one call, also where a made picture is enlarged to enter the context.
+    Raises ValueError for a size that the model does not have.
+    """
     stride, most = config.latent_stride, config.native_side
     size = tuple(most if side is None else side for side in (drawing.height, drawing.width))
+    size = tuple(whole_number(name, side) for name, side in zip(("height", "width"), size, strict=True))
     for name, side in zip(("height", "width"), size, strict=True):
         if side < stride or side % stride or side > most:
             near = min(most, max(stride, round(side / stride) * stride))
             raise ValueError(
                 f"{name} {side} must be a multiple of {stride}, at most {most} for this model: try {near}."
             )
-    return size
+    pictures = [part[0] for part in parts if not isinstance(part[0], str)]
+    return fitted_size(pictures[-1].height, pictures[-1].width, config.vae_transform) if pictures else size
 
 
 def _normalise(inputs: list) -> tuple[list[list], bool]:
     """Inputs -> columns with one value a sample (texts, or RGB pictures), and whether they were a batch at all."""
+    if not isinstance(inputs, (list, tuple)):
+        raise TypeError(f"inputs must be a list of texts and pictures, not {type(inputs).__name__}.")
     if not inputs:
         raise ValueError("There is nothing to work on: give at least one text or picture.")
     lengths = {len(part) for part in inputs if isinstance(part, (list, tuple))}
@@ -466,7 +491,11 @@ def _column(values: list, index: int) -> list:
     if all(isinstance(value, str) for value in values):
         if not all(value.strip() for value in values):
             raise ValueError(f"Input {index + 1} is an empty text: say what you want.")
-        return values
+        try:
+            "".join(values).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Input {index + 1} holds characters that are no text ({error}): remove them.") from error
+        return list(values)
     if any(isinstance(value, str) for value in values):
         raise TypeError(f"Input {index + 1} mixes texts and pictures in one batch: every sample needs the same kind.")
     return [open_picture(value) for value in values]
@@ -479,6 +508,8 @@ def _columns(pictures, batch: int | None) -> list:
     if not isinstance(pictures, (list, tuple)):
         return [_picture(pictures)]
     if batch is None:
+        if any(isinstance(picture, (list, tuple)) for picture in pictures):
+            raise ValueError("A list of lists of pictures makes a batch: then every entry must be a list.")
         return [_picture(picture) for picture in pictures]
     if len(pictures) != batch:
         raise ValueError(f"{len(pictures)} pictures for a batch of {batch}: give one entry for each sample.")
@@ -488,14 +519,22 @@ def _columns(pictures, batch: int | None) -> list:
     return [[_picture(picture) for picture in column] for column in zip(*rows, strict=True)]
 
 
+def _texts(name: str, value: str | Sequence[str]) -> str | list[str]:
+    """A text, or the list of texts that makes a batch; a picture here would be read as one more input."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    wrong = [type(one).__name__ for one in values if not isinstance(one, str)]
+    if wrong:
+        raise TypeError(f"{name} must be a text or a list of texts, not {wrong[0]}.")
+    return value if isinstance(value, str) else values
+
+
 def _picture(source: Picture) -> Picture:
     """Where only a picture can stand, a string is a file name."""
     return Path(source) if isinstance(source, str) else source
 
 
 def _check_make(make: Sequence[str]) -> None:
-    unknown = sorted(set(make) - {"text", "image"})
-    if unknown or not make or isinstance(make, str):
+    if not isinstance(make, (list, tuple)) or not make or any(kind not in ("text", "image") for kind in make):
         raise ValueError(f"make {make!r} must be a sequence of 'text' and 'image', such as ['text', 'image'].")
 
 
@@ -503,16 +542,13 @@ def _seeds(seed: int | list[int] | None, batch: int) -> list[int]:
     """A seed for each sample: s, s + 1, ... from a number, the list itself, or random ones."""
     if seed is None:
         seed = torch.randint(2**31, ()).item()
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(batch)]
+    given = [whole_number("seed", one, least=0) for one in (seed if isinstance(seed, (list, tuple)) else [seed])]
+    if max(given, default=0) >= MOST_SEED:
+        raise ValueError(f"seed {max(given)} must be below 2**63 = {MOST_SEED}.")
+    seeds = given if isinstance(seed, (list, tuple)) else [given[0] + i for i in range(batch)]
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for a batch of {batch}: give one number, or one for each sample.")
     return seeds
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} {value} must be at least 1.")
-    return value
 
 
 def _only(results: list):

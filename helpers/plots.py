@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .display import Sheet
+from .display import Sheet, figure_sheet
 from .tiny import clips
 from .tiny.world import BACKGROUNDS, COLORS
 from .watch import Looks, Pass, routing
 
 UNDERSTANDING, GENERATION = "#4477aa", "#ee8833"  # the experts' colours in every figure
-_DPI = 90
 
 
 def experts(passes: Sequence[Pass]) -> Sheet:
-    """One bar for each different pass: as long as its tokens are many, in the colours of their experts."""
+    """A bar for each different pass through the decoder: its tokens, in the colours of the experts that took them.
+
+    `passes`: at least one, from `watch.watching`; equal ones share a bar that says how often they ran.
+    """
     rows = routing(list(passes))
     figure = Figure((10, 0.8 + 0.34 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -36,14 +36,15 @@ def experts(passes: Sequence[Pass]) -> Sheet:
     axes.set_title("understanding expert", color=UNDERSTANDING, loc="left")
     axes.set_title("generation expert", color=GENERATION, loc="right")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    return _sheet(figure)
+    return figure_sheet(figure)
 
 
 def attention(looks: Looks, words: Sequence[int], layers: Sequence[int]) -> Sheet:
-    """Where chosen words (by number) looked, over the picture: a row a layer, a column a word.
+    """Where words of a question or its answer looked, laid over the picture: a row a layer, a column a word.
 
-    The brighter a patch, the more of the attention it got; every map has its own scale, and its title says
-    which part of the word's attention went to the picture at all.
+    `words` and `layers`: numbers of the maps to show, from 0. The brighter a patch, the more attention it got; every
+    map has its own scale, and its title says which part of the word's attention went to the picture at all.
+    Raises IndexError for a word or layer that `looks` does not have.
     """
     figure = Figure((1.7 * len(words), 1.95 * len(layers)), layout="constrained")
     grid = figure.subplots(len(layers), len(words), squeeze=False)
@@ -56,13 +57,14 @@ def attention(looks: Looks, words: Sequence[int], layers: Sequence[int]) -> Shee
             axes.set_title(f"{looks.words[word].strip()!r} {100 * share[layer, word]:.0f} %", fontsize=9)
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"layer {layer}", fontsize=9)
-    return _sheet(figure)
+    return figure_sheet(figure)
 
 
 def ball_paths(clip: clips.Clip, frames: Sequence[Image.Image], start: int) -> Sheet:
-    """The true paths of a clip's balls as lines, and where `frames` (from `start` on) show them as dots.
+    """The true paths of a clip's balls as lines, and where the predicted `frames` show the balls as dots.
 
-    Places in pixels of a 64x64 frame. A ball that is not found in a frame leaves no dot.
+    `start`: number of the first predicted frame; the given ones before it are squares on the line. Places in pixels
+    of a 64x64 frame, x to the right and y down. A ball that is not found in a frame leaves no dot.
     """
     figure = Figure((6.4, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -77,11 +79,14 @@ def ball_paths(clip: clips.Clip, frames: Sequence[Image.Image], start: int) -> S
         axes.plot(*np.array(found).T, "o", **style, alpha=0.8, label=f"{ball.color}, predicted")
     axes.set(xlim=(0, clips.SIDE), ylim=(clips.SIDE, 0), aspect="equal", xlabel="x in pixels", ylabel="y in pixels")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
-    return _sheet(figure)
+    return figure_sheet(figure)
 
 
 def error_curves(errors: Mapping[str, np.ndarray], side: int) -> Sheet:
-    """A line for each method: its error in pixels per predicted frame, as a percentage of a frame's side."""
+    """A line for each method: its error in every predicted frame, in percent of a frame's side.
+
+    `errors`: name -> distances in pixels, [frames]; `side` in pixels. Dotted: 5 %, the aim of the tiny model.
+    """
     figure = Figure((7, 3.4), layout="constrained")
     axes = figure.subplots()
     for name, values in errors.items():
@@ -90,16 +95,8 @@ def error_curves(errors: Mapping[str, np.ndarray], side: int) -> Sheet:
     axes.set(xlabel="predicted frame", ylabel="error, % of the side", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=len(errors) + 1)
     axes.spines[["top", "right"]].set_visible(False)
-    return _sheet(figure)
+    return figure_sheet(figure)
 
 
 def _unit(color: tuple[int, int, int]) -> tuple[float, ...]:
     return tuple(level / 255 for level in color)
-
-
-def _sheet(figure: Figure) -> Sheet:
-    """The figure as a picture; drawn without pyplot, so that no figure stays open behind anyone's back."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return Sheet(Image.open(buffer).convert("RGB"))

@@ -39,9 +39,10 @@ class Pass:
 
 @contextmanager
 def watching(bagel) -> Iterator[list[Pass]]:
-    """Within it, every pass of the model is noted in the list that comes out; nothing else changes.
+    """Within it, every pass of the model of `bagel` (a BagelPipeline) is noted in the list that comes out.
 
-    Only text passes keep their attention: that of pictures would fill the memory.
+    Results stay the same; the model is as before when the block ends, also by an error. Only text passes keep their
+    attention: that of pictures would fill the memory.
     """
     model, kernel = bagel.model, bagel.model.kernel
     passes: list[Pass] = []
@@ -87,14 +88,7 @@ def routing(passes: list[Pass]) -> list[tuple[Pass, int]]:
 
 def routing_table(passes: list[Pass]) -> Table:
     """What `routing` found, in numbers: tokens for each expert, rope positions, tokens in sight, times."""
-    header = (
-        "pass",
-        "understanding expert",
-        "generation expert",
-        "rope positions",
-        "tokens in sight",
-        "times",
-    )
+    header = ("pass", "understanding expert", "generation expert", "rope positions", "tokens in sight", "times")
     return table(header, [_row(one, count) for one, count in routing(passes)])
 
 
@@ -107,9 +101,9 @@ def _row(one: Pass, count: int) -> tuple:
 class Looks:
     """Where each token of a question and of its answer looked in the picture.
 
-    `words`: the tokens as text; `maps`: attention on each ViT patch, float32 [layers, words, rows, columns];
-    a map's sum is the part of its token's attention that the picture got. `answer`: how many of the last
-    words were fed while the answer was written.
+    `words`: the tokens as text; `maps`: attention on each ViT patch, mean over the heads, float32 [layers, words,
+    rows, columns]; a map's sum is the part of its token's attention that the picture got. `answer`: how many of the
+    last words were fed while the answer was written.
     """
 
     picture: Image.Image
@@ -129,10 +123,10 @@ class Looks:
 
 
 def look_at(bagel, picture: Image.Image | Path | str, question: str, max_new_tokens: int = 8) -> Looks:
-    """Ask about one picture and keep where each token looked.
+    """Ask about one picture and keep where each token looked. Errors: as `BagelPipeline.understand` raises them.
 
-    A token looks while it is being fed, so the answer's part begins with the start token, which chooses its
-    first word.
+    A token looks while it is being fed, so the answer's part begins with the start token, which chooses its first
+    word. A last word at the limit of `max_new_tokens` was never fed and has no map.
     """
     picture, codec = open_picture(picture), bagel.codec
     with watching(bagel) as passes:
@@ -156,7 +150,10 @@ def _patches(config, picture: Image.Image) -> tuple[int, int]:
 
 
 class DenoisingPath:
-    """Keeps the latents of a picture in the making (of a batch, the first): pass it as `on_step`."""
+    """Keeps the latents of a picture in the making (of a batch, the first): pass it as `on_step`.
+
+    `times`: flow time after each step, from near 1 (noise) to 0; `latents`: float32 [tokens, 4 * channels] each.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -167,16 +164,22 @@ class DenoisingPath:
         self.latents.append(latent[0].float())
 
     def pictures(self, bagel, size: tuple[int, int], steps: list[int]) -> list[Image.Image]:
-        """The latents after each of `steps` (from 0), decoded; size (height, width) in pixels."""
+        """The latents after each of `steps` (from 0), decoded; `size` (height, width) in pixels, as they were drawn.
+
+        Raises IndexError for a step that was not made.
+        """
         return _decoded(bagel, [self.latents[step] for step in steps], size)
 
     def guesses(self, bagel, size: tuple[int, int], steps: list[int]) -> list[Image.Image]:
-        """The picture that a straight continuation of each of `steps` (from 1) would end in.
+        """The picture that a straight continuation of each of `steps` (from 1) would end in; `size` as in `pictures`.
 
         The flow is trained on straight lines x_t = (1 - t) x_0 + t noise: velocities point at whole pictures.
+        Raises ValueError for a step below 1, which has no velocity before it, IndexError for one that was not made.
         """
         ends = []
         for step in steps:
+            if step < 1:
+                raise ValueError(f"step {step} must be at least 1: a guess continues the way from the step before.")
             before, after = self.latents[step - 1], self.latents[step]
             velocity = (before - after) / (self.times[step - 1] - self.times[step])
             ends.append(after - self.times[step] * velocity)

@@ -127,7 +127,7 @@ def plan(names: list[str], model: str | None = None, params: str | None = None, 
 
     notebooks = all_notebooks()
     chosen = select(names, notebooks)
-    file = _params_file(params or ("tiny" if model in (None, "tiny", "random-tiny") else "7b"))
+    file = _params_file(params or ("tiny" if model in (None, "tiny") else "7b"))
     sections = read_values(file)
     common = sections.setdefault("common", {})
     model = _model(model, needs_weights=file.stem == "7b" and "MODEL" not in common)
@@ -234,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
             if given.in_place
             else plan(given.notebooks, given.model, given.params, given.out)
         )
+        _make_folder(todo.out)
     except ValueError as error:
         print(f"nothing was run: {error}", file=sys.stderr)
         return 2
@@ -249,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers.workbook", description="Run the workbook's notebooks.")
     command = parser.add_subparsers(required=True).add_parser("run", help="execute notebooks into a folder")
-    command.add_argument("--model", help="tiny, random-tiny, random-7b, or the folder of the weights")
+    command.add_argument("--model", help="tiny, or the folder of the weights")
     command.add_argument("--params", help="a parameter file, or the name of one in notebooks/params (tiny, 7b)")
     command.add_argument("--out", help="the folder for the results (default: outputs/<name of the parameter file>)")
     command.add_argument("--notebooks", nargs="*", default=[], help="names or numbers (default: all)")
@@ -264,10 +265,10 @@ def _params_file(name: str) -> Path:
 
 
 def _model(model: str | None, needs_weights: bool) -> str | None:
-    """A built-in name as it is, a folder made absolute, or, if the run needs weights, the usual place."""
-    from helpers.hub import BUILT_IN, fetch_command, usual_places, where
+    """The name tiny as it is, a folder made absolute, or, if the run needs weights, the usual place."""
+    from helpers.hub import fetch_command, usual_places, where
 
-    if model in BUILT_IN or (model is None and not needs_weights):
+    if model == "tiny" or (model is None and not needs_weights):
         return model
     folder = Path(model).expanduser().absolute() if model else where()
     if folder is not None and folder.is_dir():
@@ -279,9 +280,15 @@ def _model(model: str | None, needs_weights: bool) -> str | None:
             f"{fetch_command(usual_places()[-1])}"
         )
     raise ValueError(
-        f"MODEL={model}: no such folder, and none of {', '.join(BUILT_IN)}. "
-        f"To fetch the weights into it: {fetch_command(model)}"
+        f"MODEL={model}: no such folder, and not tiny. To fetch the weights into it: {fetch_command(model)}"
     )
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"no results can be put into {out} ({error.strerror}); name a folder with OUT=...") from error
 
 
 def _portable(folder: Path) -> str:

@@ -1,8 +1,11 @@
 """Bad input gets an error that names the value, the limit and the cure."""
 
+import json
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -42,6 +45,40 @@ def test_truncated_weights(folder, name):
         load_bagel(folder, **QUIET)
 
 
+def test_a_tokenizer_without_words_is_refused(folder):
+    """It would load, and encode every text as nothing."""
+    (folder / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"merges.txt is missing"):
+        load_bagel(folder, **QUIET)
+    (folder / "vocab.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"vocab.json is missing: fetch the tokenizer"):
+        load_bagel(folder, **QUIET)
+
+
+@pytest.mark.parametrize(("name", "content"), [("vocab.json", "{"), ("tokenizer_config.json", "{")])
+def test_a_damaged_tokenizer_is_refused(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer's files in .* cannot be read"):
+        load_bagel(folder, **QUIET)
+
+
+def test_json_of_the_wrong_kind(folder):
+    (folder / "config.json").write_text("null")
+    with pytest.raises(ValueError, match=r"config.json holds NoneType instead of names and values"):
+        load_bagel(folder, **QUIET)
+    (folder / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="no valid JSON"):
+        load_bagel(folder, **QUIET)
+
+
+@pytest.mark.parametrize("value", ["64", 0, True])
+def test_sizes_are_numbers(folder, value):
+    file = folder / "llm_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": value}))
+    with pytest.raises(ValueError, match=rf"hidden_size is {value!r}, but must be a number above 0"):
+        load_bagel(folder, **QUIET)
+
+
 def test_broken_json(folder):
     (folder / "llm_config.json").write_text("{")
     with pytest.raises(ValueError, match="no valid JSON"):
@@ -72,6 +109,7 @@ def test_no_such_folder():
         ("attention", "fast", "auto, sdpa"),
         ("attention", "flash_attn", "needs a CUDA card"),
         ("device", "tpu", "'auto', 'cpu', 'cuda'"),
+        ("device", None, "device None must be"),
     ],
 )
 def test_unknown_choices(name, value, message):
@@ -83,6 +121,31 @@ def test_unknown_choices(name, value, message):
 def test_missing_card():
     with pytest.raises(ValueError, match="sees 0 CUDA cards"):
         load_bagel(FOLDER / "checkpoint", device="cuda")
+
+
+def test_flash_attn_computes_in_16_bits():
+    with pytest.raises(ValueError, match="16 bits, not with weights='fp32': use 'sdpa'"):
+        checkpoint._check_attention("flash_attn", torch.device("cuda"), "fp32")
+
+
+def test_a_model_is_a_name():
+    with pytest.raises(TypeError, match="model None"):
+        load_bagel(None)
+
+
+def test_a_closed_model_says_so():
+    closed = load_bagel(FOLDER / "checkpoint", **QUIET)
+    closed.close()
+    closed.close()
+    with pytest.raises(RuntimeError, match="was closed: load it again with load_bagel"):
+        closed.generate("a red cat")
+
+
+def test_memory_of_a_container_counts(monkeypatch):
+    monkeypatch.setattr(checkpoint, "main_memory", lambda: (2 * 10**9, 10**9))
+    choices = checkpoint.Choices(torch.device("cpu"), "bf16", "sdpa", "")
+    with pytest.raises(MemoryError, match=r"need 1.5 GB as bf16 on cpu; 1.0 of 2.0 GB are free: close other"):
+        checkpoint.check_memory(15 * 10**8, choices)
 
 
 def test_too_little_memory(monkeypatch):
@@ -103,6 +166,22 @@ def test_no_picture(bagel, tmp_path):
         bagel.understand(tmp_path / "half.png", "what?")
     with pytest.raises(TypeError, match="not int"):
         bagel.understand(3, "what?")
+    with pytest.raises(FileNotFoundError, match="No picture at"):
+        bagel.understand(tmp_path, "what?")
+    opened = Image.open(FOLDER / "big.png")
+    opened.close()
+    with pytest.raises(ValueError, match="cannot be read .*open it again"):
+        bagel.understand(opened, "what?")
+    with pytest.raises(ValueError, match="0 x 5 pixels"):
+        bagel.understand(Image.new("RGB", (0, 5)), "what?")
+    with pytest.raises(ValueError, match="mode F does not say which of its values is white"):
+        bagel.understand(Image.new("F", (8, 8)), "what?")
+
+
+def test_a_picture_too_large_to_open(bagel, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="too large to open safely .*reduce it first"):
+        bagel.understand(FOLDER / "big.png", "what?")
 
 
 @pytest.mark.parametrize(
@@ -119,11 +198,54 @@ def test_no_picture(bagel, tmp_path):
         ({"step_cache": "magic"}, r"step_cache 'magic'"),
         ({"seed": [1, 2]}, r"2 seeds for a batch of 1"),
         ({"think": True, "max_think_tokens": 0}, r"max_think_tokens 0 must be at least 1"),
+        ({"cfg_text_scale": math.nan}, r"cfg_text_scale nan must be a finite number"),
+        ({"cfg_img_scale": math.inf}, r"cfg_img_scale inf must be a finite number"),
+        ({"timestep_shift": math.nan}, r"timestep_shift nan must be a finite number"),
+        ({"cfg_interval": 0.4}, r"cfg_interval 0.4 must be two numbers"),
+        ({"cfg_interval": (math.nan, 1)}, r"bound nan must be a finite number"),
+        ({"seed": -1}, r"seed -1 must be at least 0"),
+        ({"seed": 2**70}, r"seed \d+ must be below 2\*\*63"),
     ],
 )
 def test_settings(bagel, options, message):
     with pytest.raises(ValueError, match=message):
         bagel.generate("a red cat", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 64.0}, r"height 64.0 \(float\) must be a whole number"),
+        ({"width": "64"}, r"width '64' \(str\) must be a whole number, without quotes"),
+        ({"num_timesteps": "50"}, r"num_timesteps '50' \(str\)"),
+        ({"cfg_text_scale": "4"}, r"cfg_text_scale '4' \(str\) must be a number, without quotes"),
+        ({"cfg_renorm_min": None}, r"cfg_renorm_min None"),
+        ({"seed": 1.5}, r"seed 1.5 \(float\)"),
+        ({"seed": True}, r"seed True"),
+        ({"think": True, "max_think_tokens": 2.5}, r"max_think_tokens 2.5"),
+    ],
+)
+def test_settings_of_the_wrong_type(bagel, options, message):
+    with pytest.raises(TypeError, match=message):
+        bagel.generate("a red cat", **options)
+
+
+def test_numbers_of_numpy_are_numbers(bagel):
+    numbers = {"height": np.int64(16), "width": 16, "seed": np.int64(3), "num_timesteps": np.int64(2)}
+    made = bagel.generate("a red cat", **numbers, cfg_text_scale=np.float32(2), cfg_interval=[0, np.float64(1)])
+    assert made.seed == 3 and made.image.size == (16, 16)
+    assert json.dumps(made.settings)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, Image.new("RGB", (64, 64)), ["a", 5]])
+def test_what_must_be_a_text(bagel, wrong):
+    picture = Image.new("RGB", (64, 64))
+    with pytest.raises(TypeError, match="prompt must be a text or a list of texts, not"):
+        bagel.generate(wrong)
+    with pytest.raises(TypeError, match="question must be a text"):
+        bagel.understand(picture, wrong)
+    with pytest.raises(TypeError, match="instruction must be a text"):
+        bagel.edit(picture, wrong)
 
 
 def test_texts_and_lists(bagel):
@@ -143,8 +265,21 @@ def test_texts_and_lists(bagel):
         bagel.edit([Image.new("RGB", (64, 64)), Image.new("RGB", (128, 64))], "a")
     with pytest.raises(ValueError, match="prompt that describes the clip"):
         bagel.predict_frames([])
+    with pytest.raises(ValueError, match="prompt that describes the clip"):
+        bagel.predict_frames([[], []])
     with pytest.raises(ValueError, match="count 0"):
         bagel.predict_frames([], count=0, prompt="a ball")
+    with pytest.raises(TypeError, match="count 2.0"):
+        bagel.predict_frames([], count=2.0, prompt="a ball")
+    with pytest.raises(ValueError, match="every entry must be a list"):
+        bagel.predict_frames([Image.new("RGB", (64, 64)), [Image.new("RGB", (64, 64))]])
+    with pytest.raises(TypeError, match="inputs must be a list of texts and pictures, not str"):
+        bagel.interleave("a red cat", make=["text"])
+    for wrong in (None, [["image"]], iter(["image"])):
+        with pytest.raises(ValueError, match="must be a sequence of 'text' and 'image'"):
+            bagel.interleave(["x"], make=wrong)
+    with pytest.raises(ValueError, match="Input 1 holds characters that are no text"):
+        bagel.generate("\ud83d")
     with pytest.raises(ValueError, match="'median'"):
         bagel.edit(Image.new("RGB", (64, 64)), "a", posterior="median")
 
@@ -153,6 +288,9 @@ def test_sampling_settings(bagel):
     for name, value in (("temperature", 0), ("top_p", 0), ("top_p", 2)):
         with pytest.raises(ValueError, match=f"{name} {value}"):
             bagel.understand(None, "what?", do_sample=True, **{name: value})
+    for name, value in (("temperature", "0.3"), ("top_p", None), ("max_new_tokens", 2.5)):
+        with pytest.raises(TypeError, match=f"{name} {value!r}"):
+            bagel.understand(None, "what?", do_sample=True, **{name: value})
     with pytest.raises(ValueError, match="max_new_tokens 0"):
         bagel.understand(None, "what?", max_new_tokens=0)
 
@@ -160,3 +298,16 @@ def test_sampling_settings(bagel):
 def test_context_too_long(bagel):
     with pytest.raises(ValueError, match=r"context would hold .* the model was built for 4096"):
         bagel.understand(None, "a " * 5000, max_new_tokens=2)
+
+
+def test_no_memory_is_taken_for_a_text_that_is_too_long(bagel, monkeypatch):
+    monkeypatch.setattr(bagel.model, "new_context", lambda *_sizes: pytest.fail("buffers were made"))
+    with pytest.raises(ValueError, match=r"would hold 100002 tokens; the model was built for 4096"):
+        bagel.generate("x" * 100_000)
+
+
+def test_a_context_is_never_larger_than_the_model(bagel, monkeypatch):
+    sizes, made = [], bagel.model.new_context
+    monkeypatch.setattr(bagel.model, "new_context", lambda *size: sizes.append(size) or made(*size))
+    bagel.understand(None, ["stop 2814"], max_new_tokens=10**6)
+    assert sizes == [(1, 4096, 0)]

@@ -21,6 +21,14 @@ def test_what_was_not_tested_says_what_to_run_or_that_nothing_can_settle_it():
             assert claim.command or "nothing can settle it" in claim.note, claim.key
 
 
+def test_commands_are_commands_and_those_of_others_say_so():
+    for claim in claims.CLAIMS:
+        assert ", in " not in claim.command, claim.key
+        assert bool(claim.foreign) == bool(claim.command and not claim.command.startswith("make run")), claim.key
+    for lang, said in (("en", "not tried here"), ("zh", "此处未试")):
+        assert claims.markdown(lang).count(said) == sum(bool(claim.foreign) for claim in claims.CLAIMS) == 4
+
+
 def test_a_verdict_is_one_of_four():
     with pytest.raises(ValueError, match="'proven' is not one of reproduced"):
         dataclasses.replace(claims.CLAIMS[0], verdict="proven")

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from helpers import hardware
@@ -87,6 +88,14 @@ def test_a_card_torch_cannot_use_is_named_with_the_cure():
     assert "a build for CUDA 13.0" in unusable_card(machine(driver="535.1", torch_sees_card=False))
 
 
+def test_a_card_that_only_torch_knows_gets_advice_all_the_same():
+    """Where nvidia-smi is missing or fails, the driver's version is not known."""
+    seen = Card("NVIDIA H200", (9, 0), 143 * 10**9, 143 * 10**9, driver=None)
+    advice = choice(dataclasses.replace(machine(), cards=(seen,)), "torch build")
+    assert advice.choice == "torch 2.13.0 as it is" and "nvidia-smi" in advice.why
+    assert "driver unknown" in dict(describe(dataclasses.replace(machine(), cards=(seen,))))["card 0"]
+
+
 def test_autodl_gets_its_own_advice():
     topics = {advice.topic for advice in advise(machine(autodl=True))}
     assert {"AutoDL disks", "AutoDL ports", "AutoDL acceleration", "AutoDL kernel"} <= topics
@@ -105,11 +114,12 @@ def test_nvidia_smi_is_read():
 
 def test_a_container_counts_its_own_limit(monkeypatch):
     host = SimpleNamespace(total=64 << 30, available=60 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: host)
     limits = {"memory.max": 2 << 30, "memory.current": 1 << 30}
     monkeypatch.setattr(hardware, "_control_group", limits.get)
-    assert hardware._memory(host) == (2 << 30, 1 << 30)
+    assert hardware.main_memory() == (2 << 30, 1 << 30)
     monkeypatch.setattr(hardware, "_control_group", lambda name: None)
-    assert hardware._memory(host) == (64 << 30, 60 << 30)
+    assert hardware.main_memory() == (64 << 30, 60 << 30)
 
 
 def test_this_machine_is_described():

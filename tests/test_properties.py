@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -135,7 +136,7 @@ def test_frames_grow_one_context_as_if_built_at_once(bagel, photo):
     from helpers.bagel.flow import FlowSettings
 
     flow = FlowSettings(4.0, 2.0, (0.0, 1.0), 3.0, 4, 0.0, "text_channel", None)
-    pictures, _ = session.draw(flow, session.image_size)
+    pictures, _ = session.draw(flow, (photo.height, photo.width))
     assert clip.frames[1].tobytes() == pictures[0].tobytes()
 
 
@@ -147,6 +148,56 @@ class _Fixed(torch.Generator):
         generator.manual_seed(8)
         torch.randn(noise.shape, generator=generator)
         return generator
+
+
+def test_all_pictures_of_a_call_have_the_size_asked_for(bagel):
+    """Also one that the resize rule enlarges (here: to at least 32) before it enters the context."""
+    clip = bagel.predict_frames([], count=3, prompt="a ball", height=16, width=32, **FAST)
+    assert [frame.size for frame in clip.frames] == [(32, 16)] * 3
+    made = bagel.interleave(["a ball"], make=["image", "image"], height=16, width=16, **FAST)
+    assert [one.image.size for one in made] == [(16, 16)] * 2
+
+
+def test_one_picture_is_a_clip_of_one_frame(bagel, photo):
+    alone, listed = (bagel.predict_frames(given, count=1, seed=2, **FAST) for given in (photo, [photo]))
+    assert alone.frames[0].tobytes() == listed.frames[0].tobytes()
+
+
+def test_a_batch_of_clips_without_frames_has_one_result_each(bagel):
+    clips = bagel.predict_frames([[], []], count=1, prompt="a ball", seed=2, height=32, width=32, **FAST)
+    assert [clip.seed for clip in clips] == [2, 3]
+
+
+def test_tuples_are_lists(bagel, photo):
+    asked = bagel.understand((photo, photo), ("what?", "how many?"), max_new_tokens=4)
+    assert [r.token_ids for r in asked] == [
+        r.token_ids for r in bagel.understand([photo, photo], ["what?", "how many?"], max_new_tokens=4)
+    ]
+    file = str(FOLDER / "photo.png")
+    edited = bagel.edit((file, file), "make it rain", seed=1, **FAST)
+    assert_same_picture(edited[0], bagel.edit(file, "make it rain", seed=1, **FAST))
+
+
+def test_a_thought_before_a_picture_is_sampled_when_asked(bagel):
+    settings = {**FAST, "height": 16, "width": 16, "think": True, "max_think_tokens": 8, "make": ["image"]}
+    hot = {"do_sample": True, "temperature": 3.0}
+    greedy = bagel.interleave(["the red cat"], **settings)[0].thought
+    assert bagel.interleave(["the red cat"], seed=1, **hot, **settings)[0].thought != greedy
+
+
+def test_texts_of_one_call_draw_from_one_stream(bagel, monkeypatch):
+    """Random numbers that start again for every text would make a second draw repeat the first."""
+    import helpers.bagel.session as session
+
+    states, original = [], session.write_text
+
+    def write(model, context, codec, limit, processors, generators):
+        states.append(generators[0].get_state())
+        return original(model, context, codec, limit, processors, generators)
+
+    monkeypatch.setattr(session, "write_text", write)
+    bagel.interleave(["the red cat"], make=["text", "text"], max_new_tokens=3, do_sample=True, seed=1)
+    assert len(states) == 2 and not torch.equal(*states)
 
 
 def test_interleaved_results_join_the_context(bagel, photo):
@@ -210,7 +261,7 @@ def test_denoising_leaves_the_context_alone(bagel, photo):
     context = session.conditional
     used = slice(context.start, context.start + context.length)
     before = context.keys[:, :, used].clone(), context.mark()
-    session.draw(FlowSettings(4.0, 2.0, (0.0, 1.0), 3.0, 3, 0.0, "text_channel", None), session.image_size)
+    session.draw(FlowSettings(4.0, 2.0, (0.0, 1.0), 3.0, 3, 0.0, "text_channel", None), (64, 96))
     torch.testing.assert_close(context.keys[:, :, used], before[0], rtol=0, atol=0)
     assert context.mark() == before[1]
 
@@ -248,6 +299,11 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # the camera was turned
     picture.save(tmp_path / "turned.jpg", exif=exif)
     assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+
+
+def test_pictures_of_16_bits_keep_their_greys(tmp_path):
+    Image.fromarray(np.full((4, 4), 30000, np.uint16)).save(tmp_path / "deep.png")
+    assert open_picture(tmp_path / "deep.png").getpixel((0, 0)) == (117, 117, 117)
 
 
 def test_thoughts_are_split():

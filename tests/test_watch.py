@@ -116,6 +116,13 @@ def test_the_path_ends_in_the_picture(bagel):
     assert not np.array_equal(np.array(pictures[0]), np.array(result.image))
 
 
+def test_a_guess_needs_a_step_before_it(bagel):
+    path = DenoisingPath()
+    bagel.generate("a cat", num_timesteps=3, height=64, width=64, on_step=path)
+    with pytest.raises(ValueError, match="step 0 must be at least 1"):
+        path.guesses(bagel, (64, 64), [0])
+
+
 def test_a_straight_path_is_guessed_at_once(bagel):
     """On x_t = (1 - t) x_0 + t noise every guess is x_0 itself."""
     generator = torch.Generator().manual_seed(0)

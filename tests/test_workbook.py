@@ -88,6 +88,8 @@ def test_common_values_reach_the_notebooks_that_know_them(make_notebook):
     ("sections", "said"),
     [
         ({"common": {"SED": 7}}, "section common: unknown parameter SED. Did you mean SEED"),
+        ({"common": {1: 7}}, "section common: unknown parameter 1. Valid"),
+        ({"common": {True: 7}}, "section common: unknown parameter True"),
         ({"07_x": {}}, "section 07_x: no such notebook"),
         ({"00_a": {"COUNT": 1}}, "00_a.ipynb: unknown parameter COUNT"),
     ],
@@ -106,6 +108,9 @@ def test_parameter_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "broken.yml").write_text("common: [\n")
     with pytest.raises(ParameterError, match="not YAML"):
         read_values(tmp_path / "broken.yml")
+    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ParameterError, match="binary.yml is not YAML"):
+        read_values(tmp_path / "binary.yml")
 
 
 def test_a_run_keeps_results_and_names_the_failing_cell(make_notebook, tmp_path, capsys):
@@ -147,6 +152,12 @@ def test_main_says_what_was_wrong_before_anything_runs(make_notebook, tmp_path, 
     assert workbook.main(["run", "--notebooks", "09", "--out", str(out)]) == 2
     assert "there are 00_a" in capsys.readouterr().err
     assert not out.exists()
+    (tmp_path / "empty.yml").write_text("")
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr("helpers.parameters.values_for", lambda notebooks, sections: {"00_a": {}})
+    given = ["run", "--params", str(tmp_path / "empty.yml"), "--out", str(tmp_path / "taken")]
+    assert workbook.main(given) == 2
+    assert "no results can be put into" in (said := capsys.readouterr().err) and "OUT=" in said
 
 
 def test_main_returns_1_for_a_failing_notebook_and_prints_the_table(make_notebook, tmp_path, monkeypatch, capsys):

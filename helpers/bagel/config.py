@@ -128,12 +128,12 @@ def read_config(folder: Path | str, shapes: dict[str, tuple[int, ...]]) -> Bagel
     return BagelConfig(
         decoder=_decoder(_read(folder / "llm_config.json"), folder),
         vision=_vision(_read(folder / "vit_config.json"), shapes, folder),
-        autoencoder=autoencoder_config(bagel.get("vae_config", {})),
+        autoencoder=autoencoder_config(bagel.get("vae_config") or {}),
         latent_patch_size=bagel.get("latent_patch_size", 2),
         latent_side=_side(shapes, "latent_pos_embed.pos_embed"),
         vit_side=_side(shapes, "vit_pos_embed.pos_embed"),
-        vae_transform=ResizeRule(**{**_VAE_TRANSFORM, **bagel.get("vae_transform", {})}),
-        vit_transform=ResizeRule(**{**_VIT_TRANSFORM, **bagel.get("vit_transform", {})}),
+        vae_transform=_rule(bagel.get("vae_transform"), _VAE_TRANSFORM),
+        vit_transform=_rule(bagel.get("vit_transform"), _VIT_TRANSFORM),
     )
 
 
@@ -143,9 +143,13 @@ def autoencoder_config(values: dict) -> AutoencoderConfig:
     return AutoencoderConfig(**{**known, "ch_mult": tuple(known["ch_mult"])})
 
 
+def _rule(given: dict | None, standard: dict) -> ResizeRule:
+    return ResizeRule(**{name: (given or {}).get(name, value) for name, value in standard.items()})
+
+
 def _decoder(values: dict, folder: Path) -> DecoderConfig:
     # `rope_theta` stands at the top level in published files; transformers 5 writes it under `rope_parameters`.
-    theta = values.get("rope_theta") or values.get("rope_parameters", {}).get("rope_theta")
+    theta = values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta")
     values = {**values, "rope_theta": theta}
     return DecoderConfig(**_pick(values, DecoderConfig, folder / "llm_config.json"))
 
@@ -164,6 +168,9 @@ def _pick(values: dict, cls: type, file: Path) -> dict:
     missing = [name for name in names if values.get(name) is None]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}: take the file from the official repository again.")
+    for name in names:
+        if isinstance(values[name], bool) or not isinstance(values[name], (int, float)) or values[name] <= 0:
+            raise ValueError(f"{file}: {name} is {values[name]!r}, but must be a number above 0: fetch the file again.")
     return {name: values[name] for name in names}
 
 
@@ -174,9 +181,12 @@ def _read(file: Path) -> dict:
             "vit_config.json, config.json and the tokenizer's files; notebook 01 shows how to fetch them."
         )
     try:
-        return json.loads(file.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
+        values = json.loads(file.read_text(encoding="utf8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no valid JSON ({error}): fetch it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {type(values).__name__} instead of names and values: fetch it again.")
+    return values
 
 
 def _shape(shapes: dict, name: str) -> tuple[int, ...]:

@@ -21,6 +21,15 @@ from .decoder import Attend
 from .layers import AttentionKernel
 
 
+def check_length(tokens: int, limit: int) -> None:
+    """Raise ValueError when a sequence of `tokens` is longer than the model's `limit`."""
+    if tokens > limit:
+        raise ValueError(
+            f"The context would hold {tokens} tokens; the model was built for {limit}: "
+            "give fewer or smaller pictures, or a shorter text."
+        )
+
+
 @dataclass(frozen=True)
 class Mark:
     """A place in a context: slots used, and for each sample its tokens and next rope position."""
@@ -101,30 +110,28 @@ class Context:
         begin = self.start + self.length
         end = begin + count
         self._check(count, end)
-        valid = self.valid[:, self.start : end] if self.ragged else None
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[layer, :, begin:end] = k
-            self.values[layer, :, begin:end] = v
-            return kernel(
-                q, self.keys[layer, :, self.start : end], self.values[layer, :, self.start : end], causal, valid
-            )
-
-        return attend
+        return self._attend(kernel, slice(begin, end), slice(self.start, end), causal)
 
     def attend_beside(self, kernel: AttentionKernel, count: int) -> Attend:
-        """Full attention of `count` tokens to the context and themselves; the context stays as it is."""
+        """Full attention of `count` tokens to the context and themselves; the context stays as it is.
+
+        Raises ValueError when the scratch slots are too few or the context has used up the model's positions.
+        """
         begin, end = self.start - count, self.start + self.length
         if begin < 0:
             raise ValueError(f"A block of {count} tokens needs that many scratch slots; the context has {self.start}.")
         if max(self.positions) >= self.limit:
             raise ValueError(f"The context ends at position {max(self.positions)}; the model ends at {self.limit}.")
-        valid = self.valid[:, begin:end] if self.ragged else None
+        return self._attend(kernel, slice(begin, self.start), slice(begin, end), causal=False)
+
+    def _attend(self, kernel: AttentionKernel, write: slice, read: slice, causal: bool) -> Attend:
+        """Attention that first puts the new keys and values into the slots `write`, then looks at `read`."""
+        valid = self.valid[:, read] if self.ragged else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[layer, :, begin : self.start] = k
-            self.values[layer, :, begin : self.start] = v
-            return kernel(q, self.keys[layer, :, begin:end], self.values[layer, :, begin:end], False, valid)
+            keys, values = self.keys[layer], self.values[layer]  # [batch, slots, kv_heads, head_dim]
+            keys[:, write], values[:, write] = k, v
+            return kernel(q, keys[:, read], values[:, read], causal, valid)
 
         return attend
 
@@ -145,11 +152,7 @@ class Context:
         self.positions = [old + new for old, new in zip(self.positions, steps, strict=True)]
 
     def _check(self, count: int, end: int) -> None:
-        if max(self.tokens) + count > self.limit:
-            raise ValueError(
-                f"The context would hold {max(self.tokens) + count} tokens; the model was built for {self.limit}: "
-                "give fewer or smaller pictures, or a shorter text."
-            )
+        check_length(max(self.tokens) + count, self.limit)
         if end > self.keys.shape[2]:
             raise ValueError(
                 f"{count} tokens do not fit behind {self.length} in a context of {self.keys.shape[2] - self.start}: "

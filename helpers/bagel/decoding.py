@@ -6,16 +6,20 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from .checks import finite_number
 from .context import Context
 from .model import Bagel
 from .text import TextCodec
 
 
 def sampling_processors(temperature: float, top_p: float) -> LogitsProcessorList:
-    """The filters of sampled text. Raises ValueError for values outside temperature > 0, 0 < top_p <= 1."""
-    if temperature <= 0:
+    """The filters of sampled text.
+
+    Raises ValueError for values outside temperature > 0, 0 < top_p <= 1, TypeError for what is no number.
+    """
+    if finite_number("temperature", temperature) <= 0:
         raise ValueError(f"temperature {temperature} must be above 0; for the likeliest token use do_sample=False.")
-    if not 0 < top_p <= 1:
+    if not 0 < finite_number("top_p", top_p) <= 1:
         raise ValueError(f"top_p {top_p} must lie in (0, 1].")
     processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
     if top_p < 1:

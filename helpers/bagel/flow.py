@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import finite_number, whole_number
 from .context import Context
 from .model import Bagel
 
@@ -18,7 +20,10 @@ STEP_CACHES = (None, "taylorseer")
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """The official hyper-parameters of image sampling. Raises ValueError for values without meaning."""
+    """The official hyper-parameters of image sampling.
+
+    Raises ValueError for values without meaning, TypeError for what is no number.
+    """
 
     cfg_text_scale: float
     cfg_img_scale: float
@@ -30,6 +35,10 @@ class FlowSettings:
     step_cache: str | None
 
     def __post_init__(self):
+        # Numbers of NumPy become Python's own: on the left of a product with a tensor they would take it over.
+        for name in ("cfg_text_scale", "cfg_img_scale", "timestep_shift", "cfg_renorm_min"):
+            object.__setattr__(self, name, finite_number(name, getattr(self, name)))
+        object.__setattr__(self, "num_timesteps", whole_number("num_timesteps", self.num_timesteps))
         if self.num_timesteps < 2:
             raise ValueError(f"num_timesteps {self.num_timesteps} must be at least 2: N timesteps make N - 1 steps.")
         if self.timestep_shift <= 0:
@@ -40,8 +49,17 @@ class FlowSettings:
             raise ValueError(f"cfg_renorm_min {self.cfg_renorm_min} must lie in [0, 1].")
         if self.step_cache not in STEP_CACHES:
             raise ValueError(f"step_cache {self.step_cache!r} must be None or 'taylorseer'.")
-        if len(self.cfg_interval) != 2 or self.cfg_interval[0] > self.cfg_interval[1]:
+        if not isinstance(self.cfg_interval, (tuple, list)) or len(self.cfg_interval) != 2:
+            raise ValueError(f"cfg_interval {self.cfg_interval!r} must be two numbers (low, high), such as (0.4, 1.0).")
+        low, high = (finite_number("cfg_interval's bound", bound) for bound in self.cfg_interval)
+        if low > high:
             raise ValueError(f"cfg_interval {self.cfg_interval} must be (low, high), low <= high.")
+        object.__setattr__(self, "cfg_interval", (low, high))
+
+    @classmethod
+    def among(cls, values: dict[str, Any]) -> FlowSettings:
+        """The settings among `values` by name: the arguments of a verb, or the settings of a result."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def guided(self, times: Tensor) -> list[bool]:
         """At which of the shifted timesteps guidance is active: low < t <= high, compared in float32."""

@@ -15,14 +15,32 @@ MAX_PIXELS = 14 * 14 * 9 * 1024
 
 
 def open_picture(source: Image.Image | Path | str) -> Image.Image:
-    """A picture object or file as RGB, upright, transparency on white.
+    """A picture object or file as RGB, upright, transparency on white; of 16 bits a channel the upper 8.
 
-    Raises FileNotFoundError for a missing file, ValueError for a file that is no picture, TypeError for other things.
+    Raises FileNotFoundError for a missing file, TypeError for what is neither picture nor file name, ValueError for
+    a file that is no picture, a picture that cannot be read or is empty, and values whose white is not known.
     """
     if isinstance(source, (str, Path)):
         source = _read(Path(source))
     if not isinstance(source, Image.Image):
-        raise TypeError(f"A picture must be a PIL image or a file name, not {type(source).__name__}.")
+        raise TypeError(
+            f"A picture must be a PIL image or a file name, not {type(source).__name__} "
+            "(PIL.Image.fromarray makes one of an array)."
+        )
+    try:
+        source.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"The picture cannot be read ({error}): give its file name, or open it again.") from error
+    if 0 in source.size:
+        raise ValueError(f"The picture has {source.width} x {source.height} pixels: each side needs at least 1.")
+    if source.mode in ("I", "F"):
+        raise ValueError(
+            f"A picture of mode {source.mode} does not say which of its values is white: "
+            "scale it to 0..255 and convert it to 'L' or 'RGB' first."
+        )
+    if source.mode.startswith("I;16"):
+        # Pillow's own conversion cuts at 255, which would turn the picture white.
+        source = Image.fromarray((np.asarray(source) >> 8).astype(np.uint8))
     # Phones store the camera's rotation beside the pixels; the official code ignores it and sees the scene lying down.
     source = ImageOps.exif_transpose(source)
     if source.mode != "RGBA" and source.info.get("transparency") is None:
@@ -34,15 +52,17 @@ def open_picture(source: Image.Image | Path | str) -> Image.Image:
 
 
 def _read(file: Path) -> Image.Image:
-    if not file.exists():
-        raise FileNotFoundError(f"No picture at {file}.")
+    if not file.is_file():
+        raise FileNotFoundError(f"No picture at {file}: check the name.")
     try:
         with Image.open(file) as picture:
             picture.load()
             return picture
     except UnidentifiedImageError as error:
         raise ValueError(f"{file} is no picture that Pillow can read: give a PNG, JPEG or WebP file.") from error
-    except OSError as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{file} is too large to open safely ({error}): reduce it first.") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{file} is a damaged picture ({error}): copy it again.") from error
 
 

@@ -63,7 +63,6 @@ class Session:
         self.conditional = parts.model.new_context(plan.batch, plan.capacity, plan.block)
         self.texts_only = parts.model.new_context(plan.batch, plan.capacity, plan.block) if plan.image_branch else None
         self.before_last_text = self.conditional.mark()
-        self.image_size: tuple[int, int] | None = None
         self.branches_differ = False
 
     @torch.inference_mode()
@@ -94,7 +93,7 @@ class Session:
         """
         config, model = self.parts.config, self.parts.model
         pictures = [resize(picture, config.vae_transform) for picture in pictures]
-        self.image_size = _one_size([(picture.height, picture.width) for picture in pictures])
+        _check_sizes({(picture.height, picture.width) for picture in pictures})
         if self.plan.for_drawing and self.plan.encoders != "vit":
             model.append_latents(self.conditional, self._encode(torch.stack([to_pixels(p) for p in pictures])))
         elif self.plan.for_drawing:
@@ -165,10 +164,9 @@ def latent_block(config: BagelConfig, size: tuple[int, int]) -> int:
     return (size[0] // config.latent_stride) * (size[1] // config.latent_stride) + 2
 
 
-def _one_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    if len(set(sizes)) > 1:
+def _check_sizes(sizes: set[tuple[int, int]]) -> None:
+    if len(sizes) > 1:
         raise ValueError(
-            f"The pictures of one batch have sizes {sorted(set(sizes))} (height, width) after resizing: "
+            f"The pictures of one batch have sizes {sorted(sizes)} (height, width) after resizing: "
             "give pictures of one size, or call once for each size."
         )
-    return sizes[0]

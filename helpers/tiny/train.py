@@ -48,7 +48,7 @@ class Recipe:
     autoencoder_batch: int = 128
     autoencoder_lr: float = 1e-3
     kl_weight: float = 5e-4
-    steps: int = 7200
+    steps: int = 6000
     lr: float = 2e-3
     muon_lr: float = 3e-3
     warmup: int = 300
