@@ -3,6 +3,7 @@ machine.
 """
 
 import ast
+import re
 import statistics
 
 import nbformat
@@ -27,6 +28,7 @@ def faults_of(file):
     return [
         *_parameters(file),
         *_cells(notebook),
+        *_texts(notebook),
         *_outputs(notebook),
         *_machine(notebook),
         *([f"{file.stat().st_size} bytes, at most {MOST_BYTES}"] if file.stat().st_size > MOST_BYTES else []),
@@ -58,6 +60,12 @@ def _cells(notebook):
         *([f"the median cell has {median} lines, at most {MEDIAN_LINES}"] if median > MEDIAN_LINES else []),
         *([] if None not in ids and len(set(ids)) == len(ids) else ["cells without an id, or with the same"]),
     ]
+
+
+def _texts(notebook):
+    """A text says something: it is a heading, or ends as a sentence or a listing does."""
+    ends = [cell.source.rstrip().splitlines()[-1:] for cell in notebook.cells if cell.cell_type == "markdown"]
+    return [f"a text that ends in {end}" for end in ends if not re.search(r"^#|[.:?!)|`*。：]$", "".join(end))]
 
 
 def _outputs(notebook):
@@ -174,6 +182,7 @@ def output(text):
             "kernel 'bagel' instead of 'python3'",
         ),
         (set_last("outputs", output("x" * MOST_BYTES)), "at most 1500000"),
+        (lambda nb: nb.cells.insert(2, nbformat.v4.new_markdown_cell("RESULTTEXT")), "ends in ['RESULTTEXT']"),
     ],
 )
 def test_each_broken_rule_is_found(make_notebook, change, fault):
