@@ -31,6 +31,8 @@ endif
 
 # A kernelspec in the user's home must not win over this environment's own.
 export JUPYTER_PREFER_ENV_PATH := 1
+# Threads that spin while they wait for a core that another program holds make everything ten times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 # The tests share the cores among processes: threads of each would only get in each other's way.
 ONE_THREAD := OMP_NUM_THREADS=1
 
