@@ -3,7 +3,7 @@
 #   make run        execute the notebooks into outputs/<name>/    MODEL= PARAMS= OUT= NOTEBOOKS=
 #   make test       unit tests, reference vectors, notebook rules, nbval, papermill's own command line
 #   make lint       ruff over code and notebooks
-#   make lab        open JupyterLab with this environment's kernel
+#   make lab        open JupyterLab with this environment's kernel                LAB_ARGS="--no-browser --port 6006"
 #   make notebooks  execute the committed notebooks again, in place
 #
 # ENV=current uses the Python environment that is active (conda on a rented card, say) with the torch it has,
@@ -17,6 +17,9 @@ PARAMS ?=
 OUT ?=
 NOTEBOOKS ?=
 JOBS ?= 2
+LAB_ARGS ?=
+# Containers and rented machines run everything as root, which JupyterLab refuses unless told.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 STAMP := .venv/.installed
 ifeq ($(ENV),current)
@@ -31,10 +34,8 @@ endif
 
 # A kernelspec in the user's home must not win over this environment's own.
 export JUPYTER_PREFER_ENV_PATH := 1
-# Threads that spin while they wait for a core that another program holds make everything ten times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
-# The tests share the cores among processes: threads of each would only get in each other's way.
-ONE_THREAD := OMP_NUM_THREADS=1
+# The tiny model gains an eighth from a second thread, and loses tenfold where another program holds that core.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: run test lint lab notebooks current
 .DEFAULT_GOAL := run
@@ -44,7 +45,7 @@ run: $(READY)
 	    $(if $(OUT),--out "$(OUT)") $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 
 test: $(READY)
-	$(ONE_THREAD) $(PY) -m pytest -n $(JOBS) --dist loadfile tests notebooks --nbval-lax \
+	$(PY) -m pytest -n $(JOBS) --dist loadfile tests notebooks --nbval-lax \
 	    --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300
 
 lint: $(READY)
@@ -52,7 +53,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 lab: $(READY)
-	$(PY) -m jupyter lab --notebook-dir . notebooks/00_setup.ipynb
+	$(PY) -m jupyter lab --notebook-dir . --LabApp.default_url=/lab/tree/notebooks/00_setup.ipynb $(AS_ROOT) $(LAB_ARGS)
 
 notebooks: $(READY)
 	@$(PY) -m helpers.workbook run --in-place $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
@@ -80,7 +81,7 @@ current:
 	    echo "make: ENV=current, but no python is active: conda activate bagel, or leave ENV out." >&2; exit 1; }; \
 	stamp="$$prefix/.bagel-workbook"; \
 	if [ "$$stamp" -nt pyproject.toml ]; then exit 0; fi; \
-	held=$$(python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))') || { \
+	held=$$(python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' 2>/dev/null) || { \
 	    echo "make: ENV=current, but $$prefix has no torch: install the build for your card" >&2; \
 	    echo "      (https://pytorch.org/get-started/locally/), or leave ENV out." >&2; exit 1; }; \
 	echo "installing into $$prefix, once; $$held stays"; \

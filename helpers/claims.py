@@ -310,7 +310,8 @@ def rows(notebook: str) -> tuple[Claim, ...]:
 
 def show(notebook: str, lang: str = "en") -> Table:
     """A notebook's rows, for its last section: claim, verdict, what we know, evidence and command."""
-    return table(_header(lang), [_cells(claim, lang) for claim in rows(notebook)])
+    cells = [[cell.replace("`", "") for cell in _cells(claim, lang)] for claim in rows(notebook)]
+    return table(_header(lang), cells)
 
 
 def markdown(lang: str = "en") -> str:

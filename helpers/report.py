@@ -118,11 +118,15 @@ def _verdict(one: dict[str, Any]) -> str:
     return f'<span class="verdict {escape(one["verdict"])}">{escape(one["verdict"])}</span>'
 
 
+def failed_in(error: dict[str, Any]) -> str:
+    """Where an error of `results.json` happened, as the page numbers its cells."""
+    return "outside any cell" if error["cell"] is None else f"In [{error['execution_count']}]"
+
+
 def _failure(error: dict[str, Any] | None) -> str:
     if error is None:
         return ""
-    place = f"cell {error['cell']}" if error["cell"] is not None else "no cell"
-    lines = [f"{place}: {error['ename']}: {error['evalue']}", "", *error["traceback"]]
+    lines = [f"{failed_in(error)}: {error['ename']}: {error['evalue']}", "", *error["traceback"]]
     return f"<pre>{escape(chr(10).join(lines))}</pre>"
 
 

@@ -16,12 +16,13 @@ what it recorded (`<notebook>.json`), `results.json` and `index.html`. `results.
         seconds     wall time, kernel start included
         parameters  what was injected
         results     what the notebook recorded with `record`, {} if nothing
-        error       null, or cell (position in the notebook from 0, null: outside any cell), ename, evalue,
-                    traceback (its last lines)
+        error       null, or cell (position in the notebook from 0, null: outside any cell), execution_count
+                    (the n of the page's In [n]), ename, evalue, traceback (its last lines)
 """
 
 import argparse
 import json
+import logging
 import os
 import re
 import shutil
@@ -161,6 +162,9 @@ def run(todo: Plan) -> list[Outcome]:
     os.environ.pop("JPY_SESSION_NAME", None)  # nobody watches these kernels, whoever started this one
     outcomes = [Outcome(one.stem, parameters=todo.values[one.stem]) for one in todo.notebooks]
     about = _about(todo)
+    for notebook in todo.notebooks:  # what an earlier run left must not pass for this one's
+        for suffix in (".ipynb", ".html", ".json"):
+            (todo.out / notebook.name).with_suffix(suffix).unlink(missing_ok=True)
     try:
         for notebook, outcome in zip(todo.notebooks, outcomes, strict=True):
             _execute(notebook, todo.out, outcome)
@@ -271,7 +275,7 @@ def _model(model: str | None, needs_weights: bool) -> str | None:
     if model == "tiny" or (model is None and not needs_weights):
         return model
     folder = Path(model).expanduser().absolute() if model else where()
-    if folder is not None and folder.is_dir():
+    if folder is not None and (folder / "ema.safetensors").is_file():
         return str(folder)
     if model is None:
         places = ", ".join(map(str, usual_places()))
@@ -280,7 +284,8 @@ def _model(model: str | None, needs_weights: bool) -> str | None:
             f"{fetch_command(usual_places()[-1])}"
         )
     raise ValueError(
-        f"MODEL={model}: no such folder, and not tiny. To fetch the weights into it: {fetch_command(model)}"
+        f"MODEL={model}: no folder with ema.safetensors in it, and not tiny. To fetch the weights into it: "
+        f"{fetch_command(model)}"
     )
 
 
@@ -306,7 +311,8 @@ def _announce(todo: Plan) -> None:
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     values = todo.source or "the notebooks' own defaults"
-    print(f"{len(todo.notebooks)} notebooks, parameters: {values}, into {_portable(todo.out)}", flush=True)
+    count = len(todo.notebooks)
+    print(f"{count} notebook{'s' * (count > 1)}, parameters: {values}, into {_portable(todo.out)}", flush=True)
 
 
 def _execute(notebook: Path, out: Path, outcome: Outcome) -> None:
@@ -315,8 +321,9 @@ def _execute(notebook: Path, out: Path, outcome: Outcome) -> None:
 
     target = out / notebook.name
     recorded = out / f"{notebook.stem}.json"
-    recorded.unlink(missing_ok=True)
-    print(f"{notebook.stem:<26}", end="", flush=True)  # its end follows below, on the same line
+    # The end of the line follows below; on a terminal a bar takes this place and is wiped, so the line comes whole.
+    begun = "" if sys.stderr.isatty() else f"{notebook.stem:<26}"
+    print(begun, end="", flush=True)
     start = time.perf_counter()
     try:
         _papermill(notebook, target, outcome.parameters)
@@ -327,7 +334,7 @@ def _execute(notebook: Path, out: Path, outcome: Outcome) -> None:
     except PapermillExecutionError as error:
         outcome.verdict = "failed"
         cell = _own_position(notebook, error.cell_index, injected=bool(outcome.parameters))
-        outcome.error = _error(cell, error.ename, error.evalue, error.traceback)
+        outcome.error = _error(cell, error.ename, error.evalue, error.traceback, error.exec_count)
     except Exception as error:  # a kernel that died or never came up: one notebook's failure, not the run's
         outcome.verdict = "failed"
         outcome.error = _error(None, type(error).__name__, str(error), [])
@@ -335,13 +342,15 @@ def _execute(notebook: Path, out: Path, outcome: Outcome) -> None:
         outcome.seconds = round(time.perf_counter() - start, 2)
         _count(target, outcome)
         outcome.results = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
-        print(_line(outcome).removeprefix(f"{outcome.name:<26}"), flush=True)
+        print(_line(outcome).removeprefix(begun), flush=True)
 
 
 def _papermill(notebook: Path, target: Path, values: dict[str, Any]) -> None:
     """Execute one notebook with the repository as its folder; a moving bar on a terminal, none elsewhere."""
     from papermill import execute_notebook
 
+    # It warns of parameters that it cannot find, `HEIGHT: int | None` among them; all names were checked before.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     bar = {"desc": f"{notebook.stem:<25}", "leave": False, "ncols": 80} if sys.stderr.isatty() else False
     try:
         execute_notebook(
@@ -392,25 +401,31 @@ def _own_position(notebook: Path, cell: int, injected: bool) -> int:
     return cell - (injected and cell > at)
 
 
-def _error(cell: int | None, ename: str, evalue: str, traceback: list[str]) -> dict[str, Any]:
+def _error(
+    cell: int | None, ename: str, evalue: str, traceback: list[str], execution_count: int | None = None
+) -> dict[str, Any]:
     """An error as `results.json` holds it: no terminal colours, the last lines only."""
     lines = _COLOR.sub("", "\n".join(traceback)).splitlines()[-_TRACEBACK_LINES:]
-    return {"cell": cell, "ename": ename, "evalue": _COLOR.sub("", evalue), "traceback": lines}
+    evalue = _COLOR.sub("", evalue)
+    return {
+        "cell": cell, "execution_count": execution_count, "ename": ename, "evalue": evalue, "traceback": lines,
+    }  # fmt: skip
 
 
 def _line(outcome: Outcome) -> str:
-    cells = f"{outcome.cells_run}/{outcome.cells} cells"
+    cells = f"{outcome.cells_run}/{outcome.cells} cells" if outcome.cells else ""
     return f"{outcome.name:<26}{cells:>12}{outcome.seconds:>9.1f} s  {outcome.verdict}"
 
 
 def _closing(todo: Plan, outcomes: list[Outcome]) -> None:
     """The table at the end, what failed and where, and where to look."""
+    from helpers.report import failed_in
+
     print("\n" + "\n".join(map(_line, outcomes)))
     print(f"{'all':<26}{'':>12}{sum(outcome.seconds for outcome in outcomes):>9.1f} s")
     for outcome in outcomes:
         if outcome.error:
-            place = f"cell {outcome.error['cell']}" if outcome.error["cell"] is not None else "no cell"
-            print(f"\n{outcome.name}, {place}: {outcome.error['ename']}: {outcome.error['evalue']}")
+            print(f"\n{outcome.name}, {failed_in(outcome.error)}: {outcome.error['ename']}: {outcome.error['evalue']}")
             print("\n".join(f"    {line}" for line in outcome.error["traceback"]))
     print(f"\nresults: {_portable(todo.out)}/index.html", flush=True)
 

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from importlib.metadata import PackageNotFoundError, metadata
 
 import pytest
 import yaml
@@ -74,6 +75,17 @@ def test_bounds_agree(one):
     if one.name != "flash-attn":  # an extra, not among what is installed here
         pinned = constraints()[one.name]
         assert one.specifier.contains(pinned) and bounds.contains(pinned), (one.name, pinned)
+
+
+@pytest.mark.parametrize("name", sorted(constraints()))
+def test_every_pin_takes_the_oldest_python_of_the_project(name):
+    """One that does not sends pip searching without end, and `make` prints nothing meanwhile."""
+    try:
+        needed = metadata(name).get("Requires-Python")
+    except PackageNotFoundError:
+        pytest.skip(f"{name} is not installed in this environment")
+    oldest = next(iter(SpecifierSet(PROJECT["requires-python"]))).version
+    assert needed is None or SpecifierSet(needed).contains(f"{oldest}.0"), f"{name} needs Python {needed}"
 
 
 def test_python_and_torch_are_those_the_project_names():

@@ -149,6 +149,8 @@ def test_main_says_what_was_wrong_before_anything_runs(make_notebook, tmp_path, 
     assert "nothing was run" in (said := capsys.readouterr().err) and "SEED" in said
     assert workbook.main(["run", "--model", "no/such/folder", "--out", str(out)]) == 2
     assert "hf download" in capsys.readouterr().err
+    assert workbook.main(["run", "--model", str(tmp_path), "--out", str(out)]) == 2
+    assert "no folder with ema.safetensors in it" in capsys.readouterr().err
     assert workbook.main(["run", "--notebooks", "09", "--out", str(out)]) == 2
     assert "there are 00_a" in capsys.readouterr().err
     assert not out.exists()
@@ -167,8 +169,23 @@ def test_main_returns_1_for_a_failing_notebook_and_prints_the_table(make_noteboo
     monkeypatch.chdir(tmp_path)
     assert workbook.main(["run", "--out", "here"]) == 1
     said = capsys.readouterr().out
-    assert "00_a, cell 2: ZeroDivisionError: division by zero" in said and "1/0" in said.replace(" ", "")
+    assert "00_a, In [3]: ZeroDivisionError: division by zero" in said and "1/0" in said.replace(" ", "")
     assert (tmp_path / "here" / "results.json").is_file()
+
+
+def test_what_an_earlier_run_left_does_not_pass_for_this_one(make_notebook, tmp_path, monkeypatch):
+    one, two = make_notebook("00_a", "1"), make_notebook("01_b", "1")
+    for name in ("01_b.html", "01_b.json", "07_other.html"):
+        (tmp_path / name).write_text("{}")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workbook, "_execute", interrupted)
+    outcomes = workbook.run(workbook.Plan((one, two), {"00_a": {}, "01_b": {}}, tmp_path, None, None))
+    assert [outcome.verdict for outcome in outcomes] == ["not run", "not run"]
+    assert not (tmp_path / "01_b.html").exists() and not (tmp_path / "01_b.json").exists()
+    assert (tmp_path / "07_other.html").exists()
 
 
 def test_an_interrupt_keeps_the_finished_notebooks(make_notebook, tmp_path):
