@@ -175,7 +175,7 @@ CLAIMS = (
         "tokens). Its memory was not measured.",
         note_zh="vLLM 只加载理解部分,并把每张图缩放到 980x980(4,900 个 token)。未测其显存。",
         evidence="vLLM's BAGEL model file",
-        command="vllm serve <folder> --trust-remote-code --max-model-len 8192",
+        command="vllm serve <folder>",
         foreign="vLLM",
     ),
     Claim(

@@ -193,9 +193,7 @@ def test_an_interrupt_keeps_the_finished_notebooks(make_notebook, tmp_path):
     notebooks.append(make_notebook("02_never", "1"))
     arguments = ["run", "--params", str(tmp_path / "p.yml"), "--out", str(tmp_path / "out")]
     program = (
-        "import signal, sys; from pathlib import Path; from helpers import workbook\n"
-        # A shell that starts the tests in the background has its children ignore the signal.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys; from pathlib import Path; from helpers import workbook\n"
         f"files = [Path(name) for name in {[str(one) for one in notebooks]}]\n"
         "workbook.all_notebooks = lambda: files\n"
         f"sys.exit(workbook.main({arguments}))"

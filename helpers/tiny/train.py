@@ -405,8 +405,9 @@ class Trainer:
             master.grad = parameter.grad.float()
         nn.utils.clip_grad_norm_(self.masters.values(), self.recipe.clip)
         for optimizer in self.optimizers:
-            peak = self.recipe.muon_lr if isinstance(optimizer, torch.optim.Muon) else self.recipe.lr
-            _set_lr(optimizer, peak, self.step, self.recipe.steps, self.recipe.warmup, self.resumed_at)
+            _set_lr(
+                optimizer, optimizer.defaults["lr"], self.step, self.recipe.steps, self.recipe.warmup, self.resumed_at
+            )
             optimizer.step()
         self.step += 1
         # Early on the average follows faster, so that it forgets the start.
