@@ -48,6 +48,9 @@ def load(folder: Path | str, choices: Choices) -> Parts:
     check_memory(_bytes(model, dtype) + _bytes(autoencoder, torch.float32), choices)
     fill(model, folder / MODEL_FILE, choices.device, dtype)
     fill(autoencoder, folder / AUTOENCODER_FILE, choices.device, torch.float32)
+    if choices.device.type == "cpu":
+        # The tiny autoencoder's convolutions take up to a quarter less time there with channels last.
+        autoencoder.to(memory_format=torch.channels_last)
     return Parts(model.eval(), autoencoder.eval(), codec)
 
 

@@ -15,6 +15,7 @@ from helpers.bagel.images import to_picture, to_pixels, unpatchify
 from helpers.bagel.text import TextCodec
 from helpers.pipeline import load_bagel
 from helpers.tiny import batches, train
+from helpers.tiny.team import Team
 
 TOKENIZER = Path(__file__).parent / "reference" / "checkpoint"
 CPU = torch.device("cpu")
@@ -103,10 +104,10 @@ def trained(tmp_path_factory):
     """A few real steps on the CPU, in two calls: the first has no time at all and leaves its state."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    assert not train.run(folder, SMALLEST, CPU, minutes=0, workers=0, compiled=False)
+    assert not train.run(folder, SMALLEST, Team("cpu"), minutes=0, workers=0, compiled=False)
     assert progress(folder) == 0
     autoencoder = (folder / "ae.safetensors").read_bytes()
-    assert train.run(folder, SMALLEST, CPU, minutes=60, workers=0, compiled=False)
+    assert train.run(folder, SMALLEST, Team("cpu"), minutes=60, workers=0, compiled=False)
     assert (folder / "ae.safetensors").read_bytes() == autoencoder
     return folder
 
@@ -132,7 +133,7 @@ def test_the_loss_of_a_repeated_step_falls(trained):
     config, recipe = train.tiny_config(len(codec.tokenizer)), replace(SMALLEST, steps=100, lr=3e-3)
     tasks = tuple(task for task in recipe.mixture() if task.name in ("generate", "understand"))
     widths = batches.text_widths(codec, tasks, 30)
-    trainer = train.Trainer(recipe, train.new_model(config, codec, 0, CPU))
+    trainer = train.Trainer(recipe, train.new_model(config, codec, 0, CPU), Team("cpu"))
     joint = train.Joint(trainer.model, Autoencoder(config.autoencoder).eval(), recipe, widths, tasks)
     loss = train.LossStep(joint, seed=0)
     step = batches.StepBatches(codec, tasks, widths, 1, 0)[0]

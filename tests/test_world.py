@@ -2,14 +2,18 @@
 
 import math
 from itertools import combinations
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 
+from helpers.bagel.images import open_picture
 from helpers.tiny import clips, world
 from helpers.tiny.world import COLORS, PLACES, SHAPES, Scene, Thing
+
+ROOT = Path(__file__).parents[1]
 
 
 def scenes(count, seed=0, split="train"):
@@ -123,6 +127,33 @@ def test_to_picture_keeps_exact_levels():
 
 
 # Clips
+
+
+PICTURES = {
+    "shapes_1": Scene(
+        (
+            Thing("square", "red", "small", "top left", 1, -2),
+            Thing("triangle", "cyan", "large", "right", -1, 1),
+            Thing("cross", "blue", "large", "bottom"),
+        ),
+        "beige",
+    ),
+    "shapes_2": Scene(
+        (
+            Thing("triangle", "black", "large", "top right", 0, -1),
+            Thing("star", "yellow", "small", "right", 1, 1),
+            Thing("circle", "red", "small", "bottom left", -1, 1),
+        ),
+        "white",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_notebooks_pictures_are_scenes_of_this_world(name):
+    assert world.belongs(PICTURES[name], "test")
+    stored = open_picture(ROOT / "notebooks" / "pictures" / f"{name}.png")
+    assert np.array_equal(np.asarray(stored), np.asarray(world.to_picture(world.draw([PICTURES[name]])[0])))
 
 
 def test_balls_keep_their_speed_and_stay_inside():

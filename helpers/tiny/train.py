@@ -2,6 +2,7 @@
 
     python -m helpers.tiny.train --out outputs/tiny                        # all of it, on a CUDA card
     python -m helpers.tiny.train --out outputs/tiny --minutes 9            # as far as 9 minutes go; call again to go on
+    torchrun --nproc-per-node 2 -m helpers.tiny.train --out outputs/tiny   # each step shared by two cards
 
 A call continues from the state in `--out`. When the last step is done, `--out`/checkpoint holds the finished folder.
 """
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from transformers import Qwen2Tokenizer
 
@@ -34,7 +36,9 @@ from .batches import GIVEN_FRAMES, MIXTURE, PREDICTED_FRAMES, StepBatches, Task,
 from .clips import SIDE as CLIP_SIDE
 from .clips import draw_clip_table
 from .export import write_checkpoint
+from .muon import Muon
 from .packing import Layout
+from .team import Team
 from .tokenizer import make_tokenizer
 from .world import SIDE, draw_table
 
@@ -44,11 +48,12 @@ class Recipe:
     """All that decides the weights, beside the code and the versions."""
 
     seed: int = 0
-    autoencoder_steps: int = 3500
+    autoencoder_steps: int = 7000
     autoencoder_batch: int = 128
     autoencoder_lr: float = 1e-3
+    autoencoder_muon_lr: float = 3e-3
     kl_weight: float = 5e-4
-    steps: int = 6000
+    steps: int = 7800
     lr: float = 2e-3
     muon_lr: float = 3e-3
     warmup: int = 300
@@ -58,16 +63,18 @@ class Recipe:
     timestep_shift: float = 2.0
     batch_scale: float = 1.0
 
-    def mixture(self) -> tuple[Task, ...]:
-        return tuple(replace(task, batch=max(1, round(task.batch * self.batch_scale))) for task in MIXTURE)
+    def mixture(self, processes: int = 1) -> tuple[Task, ...]:
+        """What one of the processes that share a step takes of it."""
+        scale = self.batch_scale / processes
+        return tuple(replace(task, batch=max(1, round(task.batch * scale))) for task in MIXTURE)
 
 
 def tiny_config(vocabulary: int) -> BagelConfig:
-    """Sizes of the tiny model: about 7.2 M parameters, and 1.0 M in the autoencoder."""
+    """Sizes of the tiny model: about 6.8 M parameters, and 1.5 M in the autoencoder."""
     return BagelConfig(
-        decoder=DecoderConfig(192, 480, 8, 6, 2, vocabulary, 1e6, 1e-6, 8192),
+        decoder=DecoderConfig(192, 432, 8, 6, 2, vocabulary, 1e6, 1e-6, 8192),
         vision=VisionConfig(128, 384, 4, 4, 3, 14, 1e-6, 81),
-        autoencoder=AutoencoderConfig(3, 3, 32, (1, 1, 2, 2), 1, 8, 1.0, 0.0),
+        autoencoder=AutoencoderConfig(3, 3, 32, (3, 1, 2, 2), 1, 8, 1.0, 0.0),
         latent_patch_size=2,
         latent_side=8,
         vit_side=9,
@@ -80,31 +87,41 @@ def tiny_config(vocabulary: int) -> BagelConfig:
 
 
 def train_autoencoder(
-    recipe: Recipe, config: BagelConfig, data: DataLoader, log: Log, device: torch.device
+    recipe: Recipe, config: BagelConfig, data: DataLoader, log: Log, team: Team, compiled: bool
 ) -> Autoencoder:
     """Reconstruction in mean absolute difference, with a light pull of the posterior towards a normal distribution.
 
-    Returns it with shift and scale that give its latents mean 0 and deviation 1.
+    Returns the moving average, with shift and scale that give its latents mean 0 and deviation 1.
     """
     torch.manual_seed(recipe.seed)
-    autoencoder = Autoencoder(config.autoencoder).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), recipe.autoencoder_lr, recipe.betas, weight_decay=0.0)
-    pools = {size: Pictures.collect(data, size, device) for size in (SIDE, CLIP_SIDE)}
+    autoencoder = Autoencoder(config.autoencoder).to(team.device, memory_format=torch.channels_last)
+    torch.manual_seed(team.seed(recipe.seed))
+    weights = dict(autoencoder.named_parameters())
+    optimizers = _optimizers(weights, recipe.autoencoder_lr, recipe.autoencoder_muon_lr, recipe.betas)
+    average = AveragedModel(autoencoder, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+    if compiled:
+        for part in (autoencoder.encoder, autoencoder.decoder):
+            part.forward = torch.compile(part.forward, dynamic=False)
+    pools = {size: Pictures.collect(data, size, team.device) for size in (SIDE, CLIP_SIDE)}
     for step in range(recipe.autoencoder_steps):
-        _set_lr(optimizer, recipe.autoencoder_lr, step, recipe.autoencoder_steps, warmup=100)
         size = CLIP_SIDE if step % 5 == 4 else SIDE
-        pixels = pools[size].draw(recipe.autoencoder_batch * SIDE // size)
-        with torch.autocast(device.type, torch.bfloat16):
+        pixels = pools[size].draw(recipe.autoencoder_batch // team.size * SIDE // size)
+        with torch.autocast(team.device.type, torch.bfloat16):
             mean, logvar = autoencoder.posterior(pixels.contiguous(memory_format=torch.channels_last))
             mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
             restored = autoencoder.decoder(mean + torch.exp(logvar / 2) * torch.randn_like(mean)).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = (restored - pixels).abs().mean() + (restored - pixels).square().mean()
-        _update(optimizer, error + recipe.kl_weight * kl, recipe.clip)
+        (error + recipe.kl_weight * kl).backward()
+        team.average([weight.grad for weight in weights.values()])
+        nn.utils.clip_grad_norm_(weights.values(), recipe.clip)
+        _step(optimizers, _share_of_peak(step, recipe.autoencoder_steps, warmup=100))
+        autoencoder.zero_grad(set_to_none=True)
+        average.update_parameters(autoencoder)
         if step % 100 == 99 or step + 1 == recipe.autoencoder_steps:
             psnr = -10 * torch.log10((restored - pixels).square().mean() / 4)
             log.write(stage="autoencoder", step=step + 1, error=error, kl=kl, psnr=psnr)
-    return _normalised(autoencoder.eval(), pools[SIDE].draw(4 * recipe.autoencoder_batch))
+    return _normalised(average.module.eval(), pools[SIDE].draw(4 * recipe.autoencoder_batch))
 
 
 def _normalised(autoencoder: Autoencoder, pixels: Tensor) -> Autoencoder:
@@ -390,12 +407,12 @@ def new_model(config: BagelConfig, codec: TextCodec, seed: int, device: torch.de
 class Trainer:
     """Float32 weights and their moving average beside the bfloat16 model that computes."""
 
-    def __init__(self, recipe: Recipe, model: Bagel):
-        self.recipe, self.step = recipe, 0
+    def __init__(self, recipe: Recipe, model: Bagel, team: Team):
+        self.recipe, self.team, self.step = recipe, team, 0
         self.masters = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
         self.average = {name: weight.clone() for name, weight in self.masters.items()}
         self.model = model.to(torch.bfloat16 if model.device.type == "cuda" else torch.float32)
-        self.optimizers = _optimizers(recipe, self.masters)
+        self.optimizers = _optimizers(self.masters, recipe.lr, recipe.muon_lr, recipe.betas)
         self.parameters = [dict(model.named_parameters())[name] for name in self.masters]
         self.resumed_at = 0
 
@@ -403,12 +420,9 @@ class Trainer:
         """One step with the gradients that the model's parameters hold."""
         for master, parameter in zip(self.masters.values(), self.parameters, strict=True):
             master.grad = parameter.grad.float()
+        self.team.average([master.grad for master in self.masters.values()])
         nn.utils.clip_grad_norm_(self.masters.values(), self.recipe.clip)
-        for optimizer in self.optimizers:
-            _set_lr(
-                optimizer, optimizer.defaults["lr"], self.step, self.recipe.steps, self.recipe.warmup, self.resumed_at
-            )
-            optimizer.step()
+        _step(self.optimizers, _share_of_peak(self.step, self.recipe.steps, self.recipe.warmup, self.resumed_at))
         self.step += 1
         # Early on the average follows faster, so that it forgets the start.
         decay = min(self.recipe.ema, self.step / (self.step + 10))
@@ -443,44 +457,51 @@ class Trainer:
         self.write_back()
 
 
-def _optimizers(recipe: Recipe, weights: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of all layers, AdamW for the rest; at one rate both move a weight about equally far.
+def _optimizers(
+    weights: dict[str, Tensor], lr: float, muon_lr: float, betas: tuple[float, float]
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and convolutions of all layers, AdamW for the rest, inputs and outputs among it.
 
-    On this model Muon reaches a loss of the first hundred steps in about three quarters of AdamW's steps.
+    At one rate both move a weight about equally far. Muon needs about three quarters of AdamW's steps to a loss.
     """
-    inner = [name for name, weight in weights.items() if weight.ndim == 2 and ".layers." in name]
+    inner = [
+        name
+        for name, weight in weights.items()
+        if (weight.ndim == 2 and ".layers." in name)
+        or (weight.ndim == 4 and "conv_in" not in name and "conv_out" not in name)
+    ]
     rest = [weight for name, weight in weights.items() if name not in inner]
     return [
-        torch.optim.AdamW(rest, recipe.lr, recipe.betas, weight_decay=0.0),
-        torch.optim.Muon(
-            [weights[name] for name in inner], recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.AdamW(rest, lr, betas, weight_decay=0.0),
+        Muon([weights[name] for name in inner], muon_lr),
     ]
 
 
-def _set_lr(optimizer, peak: float, step: int, steps: int, warmup: int, resumed_at: int = 0) -> None:
-    """Linear warm-up, cosine to zero; after a resumption a short warm-up lets the moments settle."""
-    lr = peak * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) * min(1.0, (step + 1) / warmup)
-    if resumed_at:
-        lr *= min(1.0, (step - resumed_at + 1) / 50)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def _share_of_peak(step: int, steps: int, warmup: int, resumed_at: int = 0) -> float:
+    """The learning rate in shares of its peak: linear warm-up, then a cosine to zero.
+
+    After a resumption a second, short warm-up lets the moments settle.
+    """
+    share = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) * min(1.0, (step + 1) / warmup)
+    return share * min(1.0, (step - resumed_at + 1) / 50) if resumed_at else share
 
 
-def _update(optimizer, loss: Tensor, clip: float) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def _step(optimizers: list[torch.optim.Optimizer], share_of_peak: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * share_of_peak
+        optimizer.step()
 
 
 class Log:
-    """Losses as JSON lines, printed as well."""
+    """Losses as JSON lines, printed as well; only the team's first process writes them."""
 
-    def __init__(self, file: Path):
-        self.file, self.started = file, time.perf_counter()
+    def __init__(self, file: Path, team: Team):
+        self.file, self.team, self.started = file, team, time.perf_counter()
 
     def write(self, **values) -> None:
+        if not self.team.leads:
+            return
         row = {k: float(f"{v.item():.5g}") if isinstance(v, Tensor) else v for k, v in values.items()}
         row["seconds"] = round(time.perf_counter() - self.started, 1)
         with self.file.open("a") as file:
@@ -488,30 +509,33 @@ class Log:
         print(row, flush=True)
 
 
-def run(out: Path, recipe: Recipe, device: torch.device, minutes: float, workers: int, compiled: bool) -> bool:
+def run(out: Path, recipe: Recipe, team: Team, minutes: float, workers: int, compiled: bool) -> bool:
     """Train until done (True) or until the minutes are over (False); the state stays in `out`."""
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "log.jsonl")
-    if not (out / "vocab.json").exists():
+    log = Log(out / "log.jsonl", team)
+    if team.leads and not (out / "vocab.json").exists():
         make_tokenizer(out, (THINK_TO_ANSWER, THINK_TO_DRAW))
+    team.wait()
     codec = TextCodec(Qwen2Tokenizer.from_pretrained(out))
-    config = tiny_config(len(codec.tokenizer))
-    widths = text_widths(codec, recipe.mixture())
-    batches = StepBatches(codec, recipe.mixture(), widths, recipe.steps, recipe.seed)
-    autoencoder = _autoencoder(out, recipe, config, _loader(batches, 0, workers, device), log, device)
+    config, mixture = tiny_config(len(codec.tokenizer)), recipe.mixture(team.size)
+    widths = text_widths(codec, mixture)
+    batches = StepBatches(codec, mixture, widths, recipe.steps, team.seed(recipe.seed))
+    autoencoder = _autoencoder(out, recipe, config, _loader(batches, 0, workers, team.device), log, team, compiled)
     config = replace(config, autoencoder=autoencoder.config)
-    trainer = Trainer(recipe, new_model(config, codec, recipe.seed, device))
+    trainer = Trainer(recipe, new_model(config, codec, recipe.seed, team.device), team)
     if (out / "progress.json").exists():
         trainer.load(out)
-    joint = Joint(trainer.model, autoencoder.to(trainer.model.dtype), recipe, widths, recipe.mixture())
+    joint = Joint(trainer.model, autoencoder.to(trainer.model.dtype), recipe, widths, mixture)
     if compiled:
         _compile(trainer.model, autoencoder)
-    _steps(trainer, joint, _loader(batches, trainer.step, workers, device), log, started + 60 * minutes)
-    trainer.save(out)
+    _steps(trainer, joint, _loader(batches, trainer.step, workers, team.device), log, started + 60 * minutes)
+    if team.leads:
+        trainer.save(out)
     if trainer.step < recipe.steps:
         return False
-    write_checkpoint(out / "checkpoint", trainer.averaged(), load_file(out / "ae.safetensors"), config, out)
+    if team.leads:
+        write_checkpoint(out / "checkpoint", trainer.averaged(), load_file(out / "ae.safetensors"), config, out)
     return True
 
 
@@ -554,14 +578,16 @@ class LossStep:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph):
+        # Other threads, of the loader and of the team, may call CUDA meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.losses = self._run(inputs)
 
 
 def _steps(trainer: Trainer, joint: Joint, data: DataLoader, log: Log, deadline: float) -> None:
-    loss = LossStep(joint, trainer.recipe.seed)
+    loss = LossStep(joint, trainer.team.seed(trainer.recipe.seed))
     for step in data:
-        if time.perf_counter() > deadline:
+        # All stop at the same step; asking one another costs a wait for the card, so not at each.
+        if trainer.step % 10 == 0 and trainer.team.any(time.perf_counter() > deadline):
             return
         text, flow = loss(step, trainer.step)
         trainer.update()
@@ -569,18 +595,22 @@ def _steps(trainer: Trainer, joint: Joint, data: DataLoader, log: Log, deadline:
             log.write(stage="joint", step=trainer.step, text=text, flow=flow)
 
 
-def _autoencoder(out: Path, recipe: Recipe, config: BagelConfig, data: DataLoader, log: Log, device) -> Autoencoder:
+def _autoencoder(
+    out: Path, recipe: Recipe, config: BagelConfig, data: DataLoader, log: Log, team: Team, compiled: bool
+) -> Autoencoder:
     """The trained autoencoder of `out`, trained now where there is none."""
     file = out / "ae.safetensors"
     if not file.exists():
-        autoencoder = train_autoencoder(recipe, config, data, log, device)
+        autoencoder = train_autoencoder(recipe, config, data, log, team, compiled)
         factors = {"scale_factor": autoencoder.config.scale_factor, "shift_factor": autoencoder.config.shift_factor}
-        (out / "ae.json").write_text(json.dumps(factors))
-        save_file({k: v.contiguous() for k, v in autoencoder.state_dict().items()}, file)
+        if team.leads:
+            (out / "ae.json").write_text(json.dumps(factors))
+            save_file({k: v.contiguous() for k, v in autoencoder.state_dict().items()}, file)
+        team.wait()
     autoencoder = Autoencoder(replace(config.autoencoder, **json.loads((out / "ae.json").read_text())))
     # The shipped weights are bfloat16: train on what they will make.
     autoencoder.load_state_dict({name: weight.bfloat16().float() for name, weight in load_file(file).items()})
-    return autoencoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return autoencoder.to(team.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def _loader(batches: StepBatches, first: int, workers: int, device: torch.device) -> DataLoader:
@@ -605,15 +635,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of state, log and finished checkpoint")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, keeping the state")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
-    parser.add_argument("--workers", type=int, default=12, help="processes that make batches")
+    parser.add_argument("--workers", type=int, default=12, help="processes that make batches, for each card")
     parser.add_argument("--no-compile", action="store_true", help="run every operation on its own")
-    for name in ("steps", "autoencoder_steps", "batch_scale", "seed"):
+    names = ("steps", "autoencoder_steps", "autoencoder_batch", "batch_scale", "seed")
+    for name in names:
         default = getattr(Recipe, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     a = parser.parse_args()
-    recipe = Recipe(seed=a.seed, steps=a.steps, autoencoder_steps=a.autoencoder_steps, batch_scale=a.batch_scale)
-    done = run(a.out, recipe, torch.device(a.device), a.minutes, a.workers, not a.no_compile)
-    print("finished" if done else f"stopped after {a.minutes} minutes; the same command goes on")
+    recipe = Recipe(**{name: getattr(a, name) for name in names})
+    with Team(a.device) as team:
+        done = run(a.out, recipe, team, a.minutes, a.workers, not a.no_compile)
+        if team.leads:
+            print("finished" if done else f"stopped after {a.minutes} minutes; the same command goes on")
 
 
 if __name__ == "__main__":
