@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from .bagel.layers import KERNELS
 from .bagel.model import Bagel
 from .bagel.session import Parts
 from .bagel.text import TextCodec
-from .hardware import main_memory
+from .memory import check_room
 
 MODEL_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
 WEIGHTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -45,7 +44,7 @@ def load(folder: Path | str, choices: Choices) -> Parts:
     with torch.device("meta"):
         model = Bagel(config, codec.image_markers, choices.attention)
         autoencoder = Autoencoder(config.autoencoder)
-    check_memory(_bytes(model, dtype) + _bytes(autoencoder, torch.float32), choices)
+    check_room(_bytes(model, dtype) + _bytes(autoencoder, torch.float32), choices.weights, choices.device)
     fill(model, folder / MODEL_FILE, choices.device, dtype)
     fill(autoencoder, folder / AUTOENCODER_FILE, choices.device, torch.float32)
     if choices.device.type == "cpu":
@@ -194,29 +193,3 @@ def _tokenizer(folder: Path):
 
 def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
     return sum(p.numel() for p in module.parameters()) * dtype.itemsize
-
-
-def check_memory(needed: int, choices: Choices) -> None:
-    """Raise MemoryError when `needed` bytes are not free: what was needed, what is free, who holds it, what to do."""
-    if choices.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(choices.device)
-        holders = _card_processes()
-        cure = "end the process that holds the card (nvidia-smi), or choose a smaller weight format or another card"
-    else:
-        (total, free), holders = main_memory(), ""
-        cure = "close other programs, or use weights='bf16'" if choices.weights == "fp32" else "close other programs"
-    if needed > free:
-        raise MemoryError(
-            f"The weights need {needed / 1e9:.1f} GB as {choices.weights} on {choices.device}; {free / 1e9:.1f} of "
-            f"{total / 1e9:.1f} GB are free{holders}: {cure}."
-        )
-
-
-def _card_processes() -> str:
-    """What nvidia-smi knows about who holds the cards' memory; empty where it says nothing."""
-    command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip().splitlines()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return f" (held by: {'; '.join(lines)})" if lines else ""

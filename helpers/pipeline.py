@@ -24,6 +24,7 @@ from .bagel.images import fitted_size, open_picture
 from .bagel.session import Parts, Plan, Session, block_tokens, latent_block
 from .bagel.text import THINK_TO_ANSWER, THINK_TO_DRAW, split_thought
 from .checkpoint import choose, load
+from .memory import explained
 
 TINY = Path(__file__).parent / "tiny" / "checkpoint"
 MAX_NEW_TOKENS = 1000  # the official limit of an answer
@@ -144,7 +145,8 @@ class BagelPipeline:
         """Answer a question about a picture, several pictures, or none.
 
         A list of questions is a batch: then `image_or_images` is None, one picture for all, or a list with an entry
-        (a picture or a list of pictures, equally many for all) for each question. `max_new_tokens` None: 1000.
+        (a picture or a list of pictures, equally many for all) for each question. `max_new_tokens` None: 1000; an
+        answer also ends where the model's context is full.
         """
         question = _texts("question", question)
         batch = len(question) if isinstance(question, list) else None
@@ -281,6 +283,9 @@ class BagelPipeline:
         if batch and isinstance(instruction, str):
             instruction = [instruction] * batch
         count = whole_number("count", count, least=1)
+        return explained(lambda: self._film(given, instruction, count, drawing, seed), self.model.device)
+
+    def _film(self, given, instruction, count, drawing: Drawing, seed) -> FramesResult | list[FramesResult]:
         inputs = [*given, *([instruction] * count)]
         work = Work.prepare(self, inputs, ["image"] * count, False, Writing(), drawing, seed)
         work.append(work.parts[:-count])
@@ -295,6 +300,9 @@ class BagelPipeline:
         return clips if work.batched else clips[0]
 
     def _run(self, inputs, make, think, writing: Writing, drawing: Drawing | None, seed) -> list:
+        return explained(lambda: self._made(inputs, make, think, writing, drawing, seed), self.model.device)
+
+    def _made(self, inputs, make, think, writing: Writing, drawing: Drawing | None, seed) -> list:
         work = Work.prepare(self, inputs, make, think, writing, drawing, seed)
         work.append(work.parts)
         results = []

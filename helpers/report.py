@@ -50,7 +50,8 @@ def write_page(executed: Any, file: Path) -> None:
     """Write an executed notebook (an nbformat node) as one HTML page, GIFs included."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(embed_images=True)
+    # Neither script is needed for what the notebooks show, and a page must open without a network.
+    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="")
     # nbconvert leaves GIFs out unless they are named; they stand before the still pictures.
     exporter.register_preprocessor(_gifs_as_html, enabled=True)
     page, _ = exporter.from_notebook_node(executed, {"metadata": {"name": file.stem}})
@@ -79,7 +80,7 @@ def _about(run: dict[str, Any]) -> str:
         f"parameters: {run['parameters'] or 'defaults of the notebooks'}",
         f"Python {run['python']}, torch {run['torch']}, transformers {run['transformers']}",
         device,
-        run["started"],
+        run["started"].replace("T", " ").replace("+00:00", " UTC"),
     ]
     return f'<p class="about">{" · ".join(escape(str(part)) for part in parts)}</p>'
 

@@ -135,6 +135,9 @@ def plan(names: list[str], model: str | None = None, params: str | None = None, 
     folder = Path(out).expanduser().absolute() if out else repository() / "outputs" / file.stem
     common |= {"OUT": _portable(folder)} | ({"MODEL": model} if model else {})
     values = values_for(notebooks, sections)
+    for of_one in values.values():
+        if "MODEL" in of_one:
+            of_one["MODEL"] = _model(of_one["MODEL"], needs_weights=False)
     return Plan(
         notebooks=tuple(chosen),
         values={one.stem: values[one.stem] for one in chosen},

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from helpers import checkpoint
+from helpers import checkpoint, memory
 from helpers.pipeline import load_bagel
 
 FOLDER = Path(__file__).parent / "reference"
@@ -142,16 +142,54 @@ def test_a_closed_model_says_so():
 
 
 def test_memory_of_a_container_counts(monkeypatch):
-    monkeypatch.setattr(checkpoint, "main_memory", lambda: (2 * 10**9, 10**9))
-    choices = checkpoint.Choices(torch.device("cpu"), "bf16", "sdpa", "")
+    monkeypatch.setattr(memory, "main_memory", lambda: (2 * 10**9, 10**9))
     with pytest.raises(MemoryError, match=r"need 1.5 GB as bf16 on cpu; 1.0 of 2.0 GB are free: close other"):
-        checkpoint.check_memory(15 * 10**8, choices)
+        memory.check_room(15 * 10**8, "bf16", torch.device("cpu"))
 
 
-def test_too_little_memory(monkeypatch):
-    choices = checkpoint.Choices(torch.device("cpu"), "fp32", "sdpa", "")
+def test_too_little_memory():
     with pytest.raises(MemoryError, match=r"need 1000000.0 GB as fp32 on cpu; .* GB are free: .*bf16"):
-        checkpoint.check_memory(10**15, choices)
+        memory.check_room(10**15, "fp32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda bagel: bagel.understand(None, "what?", max_new_tokens=2),
+        lambda bagel: bagel.generate("a cat", num_timesteps=2),
+        lambda bagel: bagel.predict_frames([], 1, "a cat", num_timesteps=2),
+    ],
+)
+def test_a_verb_that_runs_out_of_memory_says_what_to_change(bagel, monkeypatch, verb):
+    monkeypatch.setattr(bagel.model, "new_context", lambda *_sizes: torch.empty(10**15))
+    with pytest.raises(MemoryError, match=r"on cpu when it asked for 4000000000000000 bytes more.*smaller") as found:
+        verb(bagel)
+    # Nothing keeps the frames of the failed call, and with them its tensors, alive.
+    assert found.value.__context__ is None and found.value.__cause__ is None
+
+
+def test_a_card_that_runs_out_of_memory_is_understood():
+    said = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 24")
+    assert memory._wanted(said) == "20.50 GiB"
+    assert memory._wanted(RuntimeError("shapes cannot be multiplied")) is None
+
+
+def test_other_errors_of_a_verb_stay_as_they_are(bagel, monkeypatch):
+    def fail(*_sizes):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(bagel.model, "new_context", fail)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        bagel.generate("a cat", num_timesteps=2)
+
+
+def test_an_answer_ends_where_the_context_is_full(bagel):
+    """4,096 tokens in all: the question takes all but a few, and what was written until then comes back."""
+    question = "x" * (4096 - 2 - 5)
+    result = bagel.understand(None, question, max_new_tokens=1000)
+    assert len(result.token_ids) <= 5
+    with pytest.raises(ValueError, match="would hold 4097 tokens"):
+        bagel.understand(None, "x" * (4096 - 2), max_new_tokens=1000)
 
 
 def test_no_picture(bagel, tmp_path):

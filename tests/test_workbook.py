@@ -151,6 +151,10 @@ def test_main_says_what_was_wrong_before_anything_runs(make_notebook, tmp_path, 
     assert "hf download" in capsys.readouterr().err
     assert workbook.main(["run", "--model", str(tmp_path), "--out", str(out)]) == 2
     assert "no folder with ema.safetensors in it" in capsys.readouterr().err
+    for section in ("common", "00_a"):
+        (tmp_path / "mine.yml").write_text(f"{section}:\n  MODEL: no/such/folder\n")
+        assert workbook.main(["run", "--params", str(tmp_path / "mine.yml"), "--out", str(out)]) == 2
+        assert "MODEL=no/such/folder: no folder with" in capsys.readouterr().err
     assert workbook.main(["run", "--notebooks", "09", "--out", str(out)]) == 2
     assert "there are 00_a" in capsys.readouterr().err
     assert not out.exists()

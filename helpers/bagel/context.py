@@ -77,6 +77,11 @@ class Context:
     def batch(self) -> int:
         return len(self.tokens)
 
+    @property
+    def room(self) -> int:
+        """Tokens that the model's limit leaves to the longest sample."""
+        return self.limit - max(self.tokens)
+
     def mark(self) -> Mark:
         return Mark(self.length, tuple(self.tokens), tuple(self.positions))
 

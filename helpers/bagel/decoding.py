@@ -38,7 +38,8 @@ def write_text(
 ) -> list[list[int]]:
     """New token ids of each sample, without start and end tokens; the context is left as it was.
 
-    Greedy, or sampled where CPU `generators` are given, one a sample. Every sample stops at its own end token.
+    Greedy, or sampled where CPU `generators` are given, one a sample. Every sample stops at its own end token, at
+    `max_new_tokens` or where the model's context is full. Raises ValueError when it is full before the first.
     `processors` are `transformers` logits processors.
     The official limit counts the start token's forward too: it equals `max_new_tokens` + 1.
     """
@@ -46,7 +47,7 @@ def write_text(
     ids = torch.full((context.batch, 1), codec.start, device=model.device)
     open_samples = torch.ones(context.batch, dtype=torch.bool, device=model.device)
     try:
-        for _ in range(max_new_tokens):
+        for _ in range(min(max_new_tokens, max(context.room, 1))):
             logits = model.append_token(context, ids[:, -1])
             if processors:
                 logits = processors(ids, logits)

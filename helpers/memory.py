@@ -1,0 +1,74 @@
+"""Not enough memory: said before the weights are loaded, and explained where a verb runs out of it."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from .hardware import main_memory
+
+Result = TypeVar("Result")
+
+
+def check_room(needed: int, weights: str, device: torch.device) -> None:
+    """Raise MemoryError when `needed` bytes are not free: what was needed, what is free, who holds it, what to do."""
+    if device.type == "cuda":
+        cure = "end the process that holds the card (nvidia-smi), or choose a smaller weight format or another card"
+    else:
+        cure = "close other programs, or use weights='bf16'" if weights == "fp32" else "close other programs"
+    free, told = _free(device)
+    if needed > free:
+        raise MemoryError(f"The weights need {needed / 1e9:.1f} GB as {weights} on {device}; {told}: {cure}.")
+
+
+def explained(work: Callable[[], Result], device: torch.device) -> Result:
+    """What `work` returns. Raises MemoryError, with the sizes and the cure, where PyTorch ran out of memory.
+
+    It is raised without the error that it explains, whose traceback would keep the tensors of the call alive.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        wanted = _wanted(error)
+        if wanted is None:
+            raise
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise MemoryError(
+        f"This call ran out of memory on {device} when it asked for {wanted} more; now that it has ended, "
+        f"{_free(device)[1]}: ask for a smaller picture (height, width), fewer samples at once or fewer new tokens, "
+        "or end other processes."
+    )
+
+
+def _wanted(error: RuntimeError) -> str | None:
+    """The size that PyTorch asked for in vain; None for an error of another kind."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return None
+    size = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
+    return size.group(1) if size else "an unknown amount"
+
+
+def _free(device: torch.device) -> tuple[int, str]:
+    """Bytes that are free, and in words with the total and, on a card, who holds the rest."""
+    if device.type == "cuda":
+        (free, total), holders = torch.cuda.mem_get_info(device), _card_processes()
+    else:
+        (total, free), holders = main_memory(), ""
+    return free, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free{holders}"
+
+
+def _card_processes() -> str:
+    """What nvidia-smi knows about who holds the cards' memory; empty where it says nothing."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip().splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f" (held by: {'; '.join(lines)})" if lines else ""
