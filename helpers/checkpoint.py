@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .bagel.autoencoder import Autoencoder
-from .bagel.config import read_config
+from .bagel.config import BagelConfig, read_config
 from .bagel.layers import KERNELS
 from .bagel.model import Bagel
 from .bagel.session import Parts
@@ -40,14 +40,37 @@ def load(folder: Path | str, choices: Choices) -> Parts:
     folder = Path(folder)
     config = read_config(folder, tensor_shapes(folder / MODEL_FILE))
     codec = TextCodec(_tokenizer(folder))
-    dtype = WEIGHTS[choices.weights]
+    model, autoencoder = _empty_modules(config, codec, choices)
+    fill(model, folder / MODEL_FILE, choices.device, WEIGHTS[choices.weights])
+    fill(autoencoder, folder / AUTOENCODER_FILE, choices.device, torch.float32)
+    return _ready(model, autoencoder, codec)
+
+
+def load_random(config: BagelConfig, tokenizer: Path, choices: Choices) -> Parts:
+    """A model of these sizes with random weights, made on the device: for measuring, not for use.
+
+    `tokenizer` is a folder with tokenizer files of at most the configuration's vocabulary. Raises MemoryError when
+    the weights do not fit.
+    """
+    codec = TextCodec(_tokenizer(tokenizer))
+    model, autoencoder = _empty_modules(config, codec, choices)
+    fill_randomly(model, choices.device, WEIGHTS[choices.weights])
+    fill_randomly(autoencoder, choices.device, torch.float32)
+    return _ready(model, autoencoder, codec)
+
+
+def _empty_modules(config: BagelConfig, codec: TextCodec, choices: Choices) -> tuple[Bagel, Autoencoder]:
+    """Modules without storage. Raises MemoryError when their weights would not fit."""
     with torch.device("meta"):
         model = Bagel(config, codec.image_markers, choices.attention)
         autoencoder = Autoencoder(config.autoencoder)
-    check_room(_bytes(model, dtype) + _bytes(autoencoder, torch.float32), choices.weights, choices.device)
-    fill(model, folder / MODEL_FILE, choices.device, dtype)
-    fill(autoencoder, folder / AUTOENCODER_FILE, choices.device, torch.float32)
-    if choices.device.type == "cpu":
+    needed = _bytes(model, WEIGHTS[choices.weights]) + _bytes(autoencoder, torch.float32)
+    check_room(needed, choices.weights, choices.device)
+    return model, autoencoder
+
+
+def _ready(model: Bagel, autoencoder: Autoencoder, codec: TextCodec) -> Parts:
+    if model.device.type == "cpu":
         # The tiny autoencoder's convolutions take up to a quarter less time there with channels last.
         autoencoder.to(memory_format=torch.channels_last)
     return Parts(model.eval(), autoencoder.eval(), codec)
@@ -133,6 +156,22 @@ def fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype
     _compare(file, tensor_shapes(file), {name: tuple(t.shape) for name, t in module.state_dict().items()})
     with _open(file, device) as tensors:
         state = {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def fill_randomly(module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+    """Give a module built on the meta device random weights that keep activations of one size through its layers.
+
+    Matrices and convolutions are normal with variance 1 / inputs, norms one, biases zero.
+    """
+    generator, state = torch.Generator(device).manual_seed(seed), {}
+    for name, empty in module.state_dict().items():
+        weight = state[name] = torch.empty(empty.shape, device=device, dtype=dtype)
+        if weight.ndim > 1:
+            weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
+        else:
+            weight.fill_(float(not name.endswith("bias")))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)
 

@@ -15,6 +15,8 @@ from helpers.workbook import anchor, repository
 
 OFFICIAL_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
 MIRROR = "https://hf-mirror.com"
+# Models that come from no file: the released and the tiny one's sizes with random weights.
+RANDOM = ("random-7b", "random-tiny")
 # Part -> what the names of its tensors contain; the first that fits counts.
 PARTS = {
     "generation expert": ("_moe_gen",),
@@ -73,8 +75,10 @@ def inventory(folder: Path | str) -> list[FoundFile]:
 def where(model: str = "") -> Path | None:
     """The folder of the weights: of the tiny model, of a folder's name, or (model="") a usual place.
 
-    A relative name is anchored on the repository. None when nothing is there.
+    A relative name is anchored on the repository. None when nothing is there, as for a model with random weights.
     """
+    if model in RANDOM:
+        return None
     if model == "tiny":
         return repository() / "helpers" / "tiny" / "checkpoint"
     places = [anchor(model)] if model else usual_places()
@@ -132,10 +136,20 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
 def shapes(folder: Path | str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a folder's two weight files, from their headers alone.
 
-    Raises FileNotFoundError for a missing file, ValueError for one without a header.
+    Of a model with random weights, those of the model whose sizes it has. Raises FileNotFoundError for a missing
+    file, ValueError for one without a header.
     """
+    if folder == "random-7b":
+        return official_shapes()
+    folder = where("tiny") if folder == "random-tiny" else folder
     files = (Path(folder) / "ema.safetensors", Path(folder) / "ae.safetensors")
     return {name: tuple(entry["shape"]) for file in files for name, entry in read_header(file)[0].items()}
+
+
+def official_shapes() -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in the released model's two weight files, from the lists in `tests/reference`."""
+    files = [repository() / "tests" / "reference" / f"manifest_{name}.json" for name in ("ema", "ae")]
+    return {name: tuple(shape) for file in files for name, shape in json.loads(file.read_text()).items()}
 
 
 def parameters_by_part(tensors: Mapping[str, Sequence[int]]) -> dict[str, int]:

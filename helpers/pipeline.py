@@ -17,13 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from .bagel.checks import whole_number
+from .bagel.config import RELEASED, read_config
 from .bagel.context import check_length
 from .bagel.decoding import sampling_processors
 from .bagel.flow import FlowSettings
 from .bagel.images import fitted_size, open_picture
 from .bagel.session import Parts, Plan, Session, block_tokens, latent_block
 from .bagel.text import THINK_TO_ANSWER, THINK_TO_DRAW, split_thought
-from .checkpoint import choose, load
+from .checkpoint import MODEL_FILE, choose, load, load_random, tensor_shapes
+from .hub import RANDOM
 from .memory import explained
 
 TINY = Path(__file__).parent / "tiny" / "checkpoint"
@@ -72,35 +74,43 @@ def load_bagel(
 ) -> BagelPipeline:
     """A BAGEL that is ready to use: "tiny" (the model in this repository) or an official checkpoint folder.
 
+    "random-7b" and "random-tiny" have the sizes of the released and of the tiny model and random weights, made on the
+    device: they show speed and memory, and draw noise.
+
     `weights`: "auto", "bf16", "fp32". `device`: "auto", "cpu", "cuda", "cuda:N". `attention`: "auto", "sdpa",
     "cudnn", "flash_attn". Prints what "auto" chose and why. Errors: see `helpers.checkpoint.load`.
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model {model!r} ({type(model).__name__}) must be 'tiny' or the name of a folder.")
-    folder = TINY if str(model) == "tiny" else Path(model)
+    name = str(model)
+    folder = TINY if name in ("tiny", *RANDOM) else Path(name)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{str(model)!r} is neither 'tiny' nor a folder here: name the folder that holds ema.safetensors; "
+            f"{name!r} is neither 'tiny' nor a folder here: name the folder that holds ema.safetensors; "
             "notebook 01 shows how to fetch it."
         )
     choices = choose(device, weights, attention)
     if "auto" in (weights, attention):
-        print(f"{folder.name if model != 'tiny' else 'tiny BAGEL'} on {choices.device}: {choices.reason}")
-    return BagelPipeline(load(folder, choices), folder)
+        print(f"{'tiny BAGEL' if name == 'tiny' else Path(name).name} on {choices.device}: {choices.reason}")
+    if name not in RANDOM:
+        return BagelPipeline(load(folder, choices), name)
+    print(f"{name} has random weights: the time and memory of the real ones, and noise instead of pictures and words")
+    config = RELEASED if name == "random-7b" else read_config(TINY, tensor_shapes(TINY / MODEL_FILE))
+    return BagelPipeline(load_random(config, TINY, choices), name)
 
 
 class BagelPipeline:
     """One loaded model and its verbs. Nothing but the weights survives a call."""
 
-    def __init__(self, parts: Parts, folder: Path):
+    def __init__(self, parts: Parts, name: str):
         self._parts: Parts | None = parts
-        self.folder = folder
+        self.name = name
 
     @property
     def parts(self) -> Parts:
         """Model, autoencoder and text codec. Raises RuntimeError once they are freed."""
         if self._parts is None:
-            raise RuntimeError(f"This model of {self.folder.name} was closed: load it again with load_bagel.")
+            raise RuntimeError(f"This model of {self.name} was closed: load it again with load_bagel.")
         return self._parts
 
     @property

@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from .bagel.images import fitted_size, open_picture, to_picture, unpatchify
+from .bagel.layers import AttentionKernel
 from .display import Table, table
 
 
 @dataclass
 class Pass:
-    """One pass through the decoder, as its first sample saw it.
+    """One pass through the decoder, as its first sample saw it; guidance branches that go together are a pass each.
 
     `understanding` and `generation`: tokens that took each expert; `first` and `last`: their rope positions;
     `keys`: tokens that they could attend to, themselves included; `layers`: for a text pass, the attention of
@@ -45,26 +46,43 @@ def watching(bagel) -> Iterator[list[Pass]]:
     attention: that of pictures would fill the memory.
     """
     model, kernel = bagel.model, bagel.model.kernel
-    passes: list[Pass] = []
-
-    def note(_decoder, inputs) -> None:
-        x, understanding, positions, _ = inputs
-        places = positions[0].tolist()
-        passes.append(Pass(understanding, x.shape[1] - understanding, places[0], places[-1]))
-
-    def look(q, k, v, causal=False, valid=None) -> Tensor:
-        passes[-1].keys = k.shape[1]
-        if causal:
-            passes[-1].layers.append(_weights(q[0], k[0]))
-        return kernel(q, k, v, causal, valid)
-
-    hook = model.language_model.model.register_forward_pre_hook(note)
-    model.kernel = look
+    watcher = _Watcher(kernel)
+    hook = model.language_model.model.register_forward_pre_hook(watcher.enter)
+    model.kernel = watcher.attend
     try:
-        yield passes
+        yield watcher.passes
     finally:
         hook.remove()
         model.kernel = kernel
+
+
+class _Watcher:
+    """Notes what enters the decoder, and looks on as its layers attend."""
+
+    def __init__(self, kernel: AttentionKernel):
+        self.kernel = kernel
+        self.passes: list[Pass] = []
+        # Of the forward under way: its passes by their first row, the rows' rope positions, rows that attended.
+        self.of_row: dict[int, Pass] = {}
+        self.experts, self.places, self.attended = (0, 0), [], 0
+
+    def enter(self, _decoder, inputs) -> None:
+        x, understanding, positions, _ = inputs
+        self.of_row, self.places, self.attended = {}, positions.tolist(), 0
+        self.experts = understanding, x.shape[1] - understanding
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, valid: Tensor | None = None) -> Tensor:
+        # In every layer each branch attends once, in order.
+        row = self.attended % len(self.places)
+        self.attended += len(q)
+        if row not in self.of_row:
+            self.of_row[row] = Pass(*self.experts, self.places[row][0], self.places[row][-1])
+            self.passes.append(self.of_row[row])
+        one = self.of_row[row]
+        one.keys = k.shape[1]
+        if causal:
+            one.layers.append(_weights(q[0], k[0]))
+        return self.kernel(q, k, v, causal, valid)
 
 
 def _weights(q: Tensor, k: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def plan(names: list[str], model: str | None = None, params: str | None = None, 
 
     notebooks = all_notebooks()
     chosen = select(names, notebooks)
-    file = _params_file(params or ("tiny" if model in (None, "tiny") else "7b"))
+    file = _params_file(params or ("tiny" if model in (None, "tiny", "random-tiny") else "7b"))
     sections = read_values(file)
     common = sections.setdefault("common", {})
     model = _model(model, needs_weights=file.stem == "7b" and "MODEL" not in common)
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers.workbook", description="Run the workbook's notebooks.")
     command = parser.add_subparsers(required=True).add_parser("run", help="execute notebooks into a folder")
-    command.add_argument("--model", help="tiny, or the folder of the weights")
+    command.add_argument("--model", help="tiny, random-7b, random-tiny, or the folder of the weights")
     command.add_argument("--params", help="a parameter file, or the name of one in notebooks/params (tiny, 7b)")
     command.add_argument("--out", help="the folder for the results (default: outputs/<name of the parameter file>)")
     command.add_argument("--notebooks", nargs="*", default=[], help="names or numbers (default: all)")
@@ -272,10 +272,10 @@ def _params_file(name: str) -> Path:
 
 
 def _model(model: str | None, needs_weights: bool) -> str | None:
-    """The name tiny as it is, a folder made absolute, or, if the run needs weights, the usual place."""
-    from helpers.hub import fetch_command, usual_places, where
+    """A name that is no folder stays, a folder becomes absolute; None is the usual place if weights are needed."""
+    from helpers.hub import RANDOM, fetch_command, usual_places, where
 
-    if model == "tiny" or (model is None and not needs_weights):
+    if model in ("tiny", *RANDOM) or (model is None and not needs_weights):
         return model
     folder = Path(model).expanduser().absolute() if model else where()
     if folder is not None and (folder / "ema.safetensors").is_file():

@@ -1,8 +1,6 @@
 """Time and memory: what is computed is compared with counting, what is measured must see what is there."""
 
-import json
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -12,7 +10,7 @@ from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import bench, hub, load_bagel
-from helpers.bagel.config import DecoderConfig
+from helpers.bagel.config import RELEASED
 from helpers.bench import Cost, Limits, Measured
 
 CPU = torch.device("cpu")
@@ -24,32 +22,15 @@ def bagel():
 
 
 @pytest.fixture(scope="module")
-def seven(bagel):
-    """The configuration of the 7B model, as far as its arithmetic needs it."""
-    decoder = DecoderConfig(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=32768,
-    )
-    return replace(bagel.config, decoder=decoder)
-
-
-@pytest.fixture(scope="module")
 def measured(bagel):
     return bench.verbs(bagel, "a red circle", "Describe it.", "make it blue", 64, 4, 5, 2, 1)
 
 
-def test_the_arithmetic_of_the_7b_model_is_the_known_one(seven):
-    linear = 2 * bench.expert_parameters(seven) * 4098
+def test_the_arithmetic_of_the_7b_model_is_the_known_one():
+    linear = 2 * bench.expert_parameters(RELEASED) * 4098
     assert linear == pytest.approx(53.5e12, rel=1e-3)
-    assert bench.forward_flop(seven, 4096) == pytest.approx(60.2e12, rel=1e-2)
-    loaded = SimpleNamespace(config=seven, model=SimpleNamespace(dtype=torch.bfloat16))
+    assert bench.forward_flop(RELEASED, 4096) == pytest.approx(60.2e12, rel=1e-2)
+    loaded = SimpleNamespace(config=RELEASED, model=SimpleNamespace(dtype=torch.bfloat16))
     assert bench.token_bytes(loaded) == pytest.approx(14.1e9, rel=1e-2)
 
 
@@ -70,7 +51,7 @@ def test_the_linear_parts_are_those_that_torch_counts(bagel):
 def test_the_forwards_of_a_picture_are_those_that_happen(bagel, settings):
     sizes = []
     hook = bagel.model.language_model.model.register_forward_pre_hook(
-        lambda _module, inputs: sizes.append(inputs[0].shape[1])
+        lambda _module, inputs: sizes.extend([inputs[0].shape[1]] * len(inputs[0]))  # a row for each branch
     )
     made = bagel.generate("a red circle", height=64, width=64, num_timesteps=9, **settings)
     hook.remove()
@@ -175,8 +156,7 @@ def test_weights_in_memory_are_those_of_the_files(bagel):
 
 
 def test_the_parts_of_the_7b_model_are_the_published_ones():
-    manifests = [ROOT / "tests" / "reference" / f"manifest_{name}.json" for name in ("ema", "ae")]
-    tensors = {name: shape for file in manifests for name, shape in json.loads(file.read_text()).items()}
+    tensors = hub.official_shapes()
     parts = hub.parameters_by_part(tensors)
     assert parts["understanding expert"] == parts["generation expert"] == pytest.approx(6.53e9, rel=1e-3)
     assert parts["autoencoder"] == pytest.approx(84e6, rel=1e-2)

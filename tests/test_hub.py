@@ -50,3 +50,12 @@ def test_the_fetch_command_sets_both_mirror_variables():
 
 def test_free_space_is_that_of_the_nearest_existing_folder(tmp_path):
     assert hub.free_bytes(tmp_path / "a" / "b") > 0
+
+
+def test_models_with_random_weights_come_from_no_file():
+    """Yet they have shapes: those of the model whose sizes they take."""
+    assert [hub.where(name) for name in hub.RANDOM] == [None, None]
+    assert hub.shapes("random-tiny") == hub.shapes(hub.where("tiny"))
+    assert hub.shapes("random-7b") == hub.official_shapes()
+    assert len(hub.official_shapes()) == 1223 + 244
+    assert all(file.bytes is None for file in hub.inventory("random-7b"))

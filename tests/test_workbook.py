@@ -166,6 +166,14 @@ def test_main_says_what_was_wrong_before_anything_runs(make_notebook, tmp_path, 
     assert "no results can be put into" in (said := capsys.readouterr().err) and "OUT=" in said
 
 
+def test_a_model_with_random_weights_is_a_name(make_notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(workbook, "all_notebooks", lambda: [make_notebook("00_a", "1")])
+    mine = tmp_path / "mine.yml"
+    mine.write_text("common:\n  SEED: 2\n")
+    todo = workbook.plan([], model="random-tiny", params=str(mine), out=str(tmp_path / "out"))
+    assert todo.values["00_a"]["MODEL"] == todo.model == "random-tiny"
+
+
 def test_main_returns_1_for_a_failing_notebook_and_prints_the_table(make_notebook, tmp_path, monkeypatch, capsys):
     parameters = PARAMETERS + '\nWEIGHTS: str = "auto"  # format\nDEVICE: str = "auto"  # where'
     broken = make_notebook("00_a", "1 / 0", parameters=parameters)

@@ -206,3 +206,16 @@ def _side(shapes: dict, name: str) -> int:
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     if value % divisor:
         raise ValueError(f"{name} {value} must be divisible by {divisor_name} ({divisor}).")
+
+
+# The released model, BAGEL-7B-MoT.
+RELEASED = BagelConfig(
+    decoder=DecoderConfig(3584, 18944, 28, 28, 4, 152064, 1e6, 1e-6, 32768),
+    vision=VisionConfig(1152, 4304, 26, 16, 3, 14, 1e-6, 4900),
+    autoencoder=AutoencoderConfig(3, 3, 128, (1, 2, 4, 4), 2, 16, 0.3611, 0.1159),
+    latent_patch_size=2,
+    latent_side=64,
+    vit_side=70,
+    vae_transform=ResizeRule(1024, 512, 16),
+    vit_transform=ResizeRule(980, 224, 14),
+)

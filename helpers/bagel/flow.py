@@ -110,14 +110,16 @@ def denoise(
     if settings.step_cache and not guided[0] and image is None:
         # Branches count their own forwards: one that starts late forecasts at other steps than the conditional one.
         image = _Branch(model, branches.conditional, places, settings.step_cache)
+    if settings.cfg_img_scale <= 1:
+        image = None
     x = noise.to(model.device, torch.float32)
     for step, (t, following) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
-        v = conditional.velocity(x, t)
         if guided[step]:
-            v_text = text.velocity(x, t)
-            wanted = settings.cfg_img_scale > 1
-            v_image = None if not wanted else v if image is None else image.velocity(x, t)
+            v, v_text, *rest = _velocities([conditional, text, image] if image else [conditional, text], x, t)
+            v_image = None if settings.cfg_img_scale <= 1 else rest[0] if rest else v
             v = guide(v, v_text, v_image, settings)
+        else:
+            (v,) = _velocities([conditional], x, t)
         x = x - v * (t - following)
         if on_step is not None:
             on_step(step, following, x)
@@ -152,6 +154,36 @@ def _norm(v: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(v, dim=dims, keepdim=True)
 
 
+def _velocities(branches: list[_Branch], x: Tensor, t: float) -> list[Tensor]:
+    """The velocity that each branch sees; those that are due go through the decoder as one batch."""
+    due = [branch for branch in branches if branch.due]
+    if due:
+        for branch, hidden in zip(due, _hidden(due, x, t), strict=True):
+            branch.take(hidden)
+    return [branch.velocity() for branch in branches]
+
+
+def _hidden(branches: list[_Branch], x: Tensor, t: float) -> tuple[Tensor, ...]:
+    """Latent tokens [batch, n, 64] -> for each branch the decoder's last hidden states of those tokens.
+
+    Together they read the weights once. Only attention is each branch's own, since contexts differ in length.
+    """
+    model, samples = branches[0].model, len(x)
+    time = torch.full((samples,), t, device=x.device)
+    markers = model.embed_markers(samples)
+    tokens = torch.cat([markers, model.embed_latents(x, time, branches[0].places)], dim=1)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(branches, *(part.split(samples) for part in (q, k, v)), strict=True)
+        attended = [branch.attend(layer, *own) for branch, *own in parts]
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+    tokens = tokens.repeat(len(branches), 1, 1)
+    positions = torch.cat([branch.positions for branch in branches])
+    hidden = model.language_model.model(tokens, markers.shape[1], positions, attend)
+    return hidden[:, markers.shape[1] :].split(samples)
+
+
 class _Branch:
     """One context's view of the image: hidden states beside it, computed or forecast, then the velocity."""
 
@@ -160,24 +192,27 @@ class _Branch:
         self.model, self.places = model, places
         self.positions = context.block_positions(count)
         self.attend = context.attend_beside(model.kernel, count)
-        self.markers = model.embed_markers(context.batch)
         self.forecast = TaylorForecast() if step_cache else None
+        self.newest: Tensor | None = None
 
-    def velocity(self, x: Tensor, t: float) -> Tensor:
+    @property
+    def due(self) -> bool:
+        """Whether the next velocity needs hidden states from the decoder."""
+        return self.forecast is None or self.forecast.due
+
+    def take(self, hidden: Tensor) -> None:
         if self.forecast is None:
-            return self.model.velocity(self._hidden(x, t))
-        return self.model.velocity(self.forecast.next(lambda: self._hidden(x, t)).to(self.model.dtype))
+            self.newest = hidden
+        else:
+            self.forecast.take(hidden.float())
 
-    def _hidden(self, x: Tensor, t: float) -> Tensor:
-        """Latent tokens [batch, n, 64] -> the decoder's last hidden states of those tokens."""
-        time = torch.full((len(x),), t, device=x.device)
-        tokens = torch.cat([self.markers, self.model.embed_latents(x, time, self.places)], dim=1)
-        decoder = self.model.language_model.model
-        return decoder(tokens, self.markers.shape[1], self.positions, self.attend)[:, self.markers.shape[1] :]
+    def velocity(self) -> Tensor:
+        hidden = self.newest if self.forecast is None else self.forecast.next().to(self.model.dtype)
+        return self.model.velocity(hidden)
 
 
 class TaylorForecast:
-    """Computes the forwards 0 to 4, 7, 10, 13, ... of one branch and extrapolates the others.
+    """Takes the forwards 0 to 4, 7, 10, 13, ... of one branch and extrapolates the others.
 
     It keeps the newest hidden state and up to six finite differences in float32. The official code keeps these for
     every layer; as a forecast layer ignores its input, the last layer's are enough and give the same numbers.
@@ -187,22 +222,26 @@ class TaylorForecast:
     FIRST, INTERVAL, ORDER = 4, 3, 6
 
     def __init__(self):
-        self.count = 0
-        self.computed = 0  # the forward that was computed last
+        self.index = 0  # of the next forward
+        self.taken = 0  # the forward that was taken last
         self.factors: list[Tensor] = []
 
-    def next(self, compute: Callable[[], Tensor]) -> Tensor:
-        """The hidden state of the branch's next forward, from `compute` where it is due."""
-        index, self.count = self.count, self.count + 1
-        if index > self.FIRST and (index - self.FIRST) % self.INTERVAL:
-            distance = index - self.computed
-            return sum(factor * (distance**i / math.factorial(i)) for i, factor in enumerate(self.factors))
-        self._update(index, compute().float())
-        return self.factors[0]
+    @property
+    def due(self) -> bool:
+        """Whether the next forward is to be taken, not extrapolated."""
+        return self.index <= self.FIRST or (self.index - self.FIRST) % self.INTERVAL == 0
 
-    def _update(self, index: int, newest: Tensor) -> None:
+    def take(self, newest: Tensor) -> None:
+        """The hidden state of the next forward, which was due."""
         factors = [newest]
-        if index >= self.FIRST:
+        if self.index >= self.FIRST:
             for old in self.factors[: self.ORDER]:
-                factors.append((factors[-1] - old) / (index - self.computed))
-        self.factors, self.computed = factors, index
+                factors.append((factors[-1] - old) / (self.index - self.taken))
+        self.factors, self.taken = factors, self.index
+
+    def next(self) -> Tensor:
+        """The hidden state of the next forward: the one that was taken, or an extrapolation."""
+        distance, self.index = self.index - self.taken, self.index + 1
+        if not distance:
+            return self.factors[0]
+        return sum(factor * (distance**i / math.factorial(i)) for i, factor in enumerate(self.factors))

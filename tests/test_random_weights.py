@@ -1,0 +1,63 @@
+"""Models of the right sizes with random weights, for measuring."""
+
+import pytest
+import torch
+
+from helpers import checkpoint
+from helpers.bagel.config import RELEASED
+from helpers.pipeline import TINY, load_bagel
+
+FLOAT = {"weights": "fp32", "device": "cpu", "attention": "sdpa"}
+
+
+@pytest.fixture(scope="module")
+def bagel():
+    return load_bagel("random-tiny", **FLOAT)
+
+
+def test_every_verb_runs_on_noise(bagel):
+    picture = bagel.generate("a red circle", num_timesteps=3).image
+    assert picture.size == (128, 128)
+    assert bagel.edit(picture, "make it blue", num_timesteps=3).image.size == (128, 128)
+    answer = bagel.understand(picture, "what?", max_new_tokens=5)
+    assert 0 < len(answer.token_ids) <= 5
+
+
+def test_sizes_are_those_of_the_model_and_weights_repeat(bagel):
+    trained = load_bagel("tiny", **FLOAT)
+    for one, other in ((bagel.model, trained.model), (bagel.autoencoder, trained.autoencoder)):
+        shapes = {name: tensor.shape for name, tensor in one.state_dict().items()}
+        assert shapes == {name: tensor.shape for name, tensor in other.state_dict().items()}
+    again = load_bagel("random-tiny", **FLOAT)
+    weight = "language_model.model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(bagel.model.state_dict()[weight], again.model.state_dict()[weight])
+    assert not torch.equal(bagel.model.state_dict()[weight], trained.model.state_dict()[weight])
+
+
+def test_activations_neither_grow_nor_vanish(bagel):
+    """Through the eight layers of the tiny decoder, from tokens of deviation 1."""
+    model = bagel.model
+    tokens = torch.randn(1, 64, model.config.decoder.hidden_size)
+    context = model.new_context(1, 0, 64)
+    hidden = model.language_model.model(tokens, 2, context.block_positions(64), context.attend_beside(model.kernel, 64))
+    assert 0.5 < hidden.std() < 10
+
+
+def test_the_large_one_needs_its_real_memory(monkeypatch):
+    """29.2 GB of weights and 0.3 GB of the autoencoder: checked before anything is made."""
+    asked = []
+
+    def refuse(needed, weights, device):
+        asked.append(needed)
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "check_room", refuse)
+    with pytest.raises(MemoryError):
+        load_bagel("random-7b", weights="bf16", device="cpu", attention="sdpa")
+    assert asked[0] == pytest.approx(29.21e9 + 0.335e9, rel=2e-3)
+
+
+def test_the_tokenizer_fits_the_vocabulary():
+    codec = checkpoint.TextCodec(checkpoint._tokenizer(TINY))
+    assert len(codec.tokenizer) <= RELEASED.decoder.vocab_size
+    assert codec.decode([RELEASED.decoder.vocab_size - 1, *codec.encode("a")[1:2]]) == "a"
