@@ -11,7 +11,7 @@ from torch import nn
 
 from .bagel.autoencoder import Autoencoder
 from .bagel.config import BagelConfig, read_config
-from .bagel.layers import KERNELS
+from .bagel.layers import KERNELS, join
 from .bagel.model import Bagel
 from .bagel.session import Parts
 from .bagel.text import TextCodec
@@ -154,10 +154,10 @@ def fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype
     Raises ValueError naming the tensors that are missing, unexpected or of another shape.
     """
     _compare(file, tensor_shapes(file), {name: tuple(t.shape) for name, t in module.state_dict().items()})
+    allocate(module, device, dtype)
     with _open(file, device) as tensors:
-        state = {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
-    module.load_state_dict(state, strict=True, assign=True)
-    module.requires_grad_(False)
+        for name, weight in module.state_dict().items():
+            weight.copy_(tensors.get_tensor(name))
 
 
 def fill_randomly(module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
@@ -165,15 +165,25 @@ def fill_randomly(module: nn.Module, device: torch.device, dtype: torch.dtype, s
 
     Matrices and convolutions are normal with variance 1 / inputs, norms one, biases zero.
     """
-    generator, state = torch.Generator(device).manual_seed(seed), {}
-    for name, empty in module.state_dict().items():
-        weight = state[name] = torch.empty(empty.shape, device=device, dtype=dtype)
+    allocate(module, device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, weight in module.state_dict().items():
         if weight.ndim > 1:
             weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
         else:
             weight.fill_(float(not name.endswith("bias")))
-    module.load_state_dict(state, strict=True, assign=True)
-    module.requires_grad_(False)
+
+
+def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a module built on the meta device storage, not filled: once, where each weight shall stay."""
+    for part in module.modules():
+        for layers in part.over_one_input() if hasattr(part, "over_one_input") else ():
+            join(layers, device, dtype)
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if weight.is_meta:
+                storage = torch.empty(weight.shape, device=device, dtype=dtype)
+                setattr(part, name, nn.Parameter(storage, requires_grad=False))
 
 
 def _compare(file: Path, found: dict, wanted: dict) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from helpers import checkpoint
 from helpers.bagel.config import RELEASED
+from helpers.bagel.layers import linears
 from helpers.pipeline import TINY, load_bagel
 
 FLOAT = {"weights": "fp32", "device": "cpu", "attention": "sdpa"}
@@ -61,3 +62,23 @@ def test_the_tokenizer_fits_the_vocabulary():
     codec = checkpoint.TextCodec(checkpoint._tokenizer(TINY))
     assert len(codec.tokenizer) <= RELEASED.decoder.vocab_size
     assert codec.decode([RELEASED.decoder.vocab_size - 1, *codec.encode("a")[1:2]]) == "a"
+
+
+def test_layers_over_one_input_lie_together_and_compute_the_same(bagel):
+    """Loaded weights are views of one block: no second copy, and one product gives what several gave."""
+    layer = bagel.model.language_model.model.layers[3]
+    x = torch.randn(2, 5, bagel.model.config.decoder.hidden_size)
+    for part in (layer.self_attn, layer.mlp, layer.mlp_moe_gen):
+        for group in part.over_one_input():
+            storages = {one.weight.untyped_storage().data_ptr() for one in group}
+            assert storages == {group[0].joined[0].untyped_storage().data_ptr()}
+            for made, one in zip(linears(x, group), group, strict=True):
+                torch.testing.assert_close(made, one(x))
+    fresh = torch.nn.Linear(4, 3)
+    assert torch.equal(linears(x[..., :4], [fresh])[0], fresh(x[..., :4]))
+
+
+def test_a_model_takes_no_more_memory_than_its_weights(bagel):
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in bagel.model.parameters()}
+    held = sum(storage.nbytes() for storage in storages.values())
+    assert held == sum(weight.nbytes for weight in bagel.model.parameters())

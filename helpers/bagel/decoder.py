@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DecoderConfig
-from .layers import RMSNorm, rotary_table, rotate
+from .layers import RMSNorm, linears, rotary_table, rotate
 
 # What a layer asks for: (layer index, q, k, v) -> attended values [batch, n, heads, head_dim].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -30,7 +30,12 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, self.over_one_input()[0])
+        return self.down_proj(F.silu(gate) * up)
+
+    def over_one_input(self) -> list[list[nn.Linear]]:
+        """Layers that may be computed as one."""
+        return [[self.gate_proj, self.up_proj]]
 
 
 class SelfAttention(nn.Module):
@@ -50,12 +55,17 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, suffix: str, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, n, hidden] -> q [batch, n, heads, d] and k [batch, n, kv_heads, d], normalised, and v."""
-        q, k, v = (
-            getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)) for name in ("q", "k", "v")
-        )
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in linears(x, self._projections(suffix)))
         if precise:
             q, k = q.float(), k.float()
         return getattr(self, f"q_norm{suffix}")(q), getattr(self, f"k_norm{suffix}")(k), v
+
+    def over_one_input(self) -> list[list[nn.Linear]]:
+        """Layers that may be computed as one, for each expert."""
+        return [self._projections(suffix) for suffix in ("", "_moe_gen")]
+
+    def _projections(self, suffix: str) -> list[nn.Linear]:
+        return [getattr(self, f"{name}_proj{suffix}") for name in ("q", "k", "v")]
 
 
 class DecoderLayer(nn.Module):

@@ -25,6 +25,28 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+def linears(x: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
+    """What each of the layers makes of x: as one product where `join` has laid their weights out for it."""
+    joined = getattr(layers[0], "joined", None)
+    if joined is None:
+        return tuple(layer(x) for layer in layers)
+    return F.linear(x, *joined).split([layer.out_features for layer in layers], dim=-1)
+
+
+def join(layers: list[nn.Linear], device: torch.device, dtype: torch.dtype) -> None:
+    """Give layers over one input new storage, in which their weights lie one behind the other; it is not filled.
+
+    Every layer keeps its name and its own weight, a view of the whole. Not for training, and no `.to` afterwards.
+    """
+    sizes = [layer.out_features for layer in layers]
+    weight = torch.empty(sum(sizes), layers[0].in_features, device=device, dtype=dtype)
+    bias = None if layers[0].bias is None else torch.empty(sum(sizes), device=device, dtype=dtype)
+    layers[0].joined = weight, bias
+    for name, whole in (("weight", weight), ("bias", bias)):
+        for layer, part in zip(layers, [] if whole is None else whole.split(sizes), strict=False):
+            setattr(layer, name, nn.Parameter(part, requires_grad=False))
+
+
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each [..., 1, head_dim], for integer positions [...]; rounded to the activations' type."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
