@@ -211,7 +211,14 @@ def test_an_interrupt_keeps_the_finished_notebooks(make_notebook, tmp_path):
         f"sys.exit(workbook.main({arguments}))"
     )
     (tmp_path / "p.yml").write_text("common: {}\n")
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell without job control has what it starts in the background ignore the signal, tests and run alike.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_until(lambda: "01_slow" in read_if_there(tmp_path / "out" / "01_slow.ipynb"), process)
     wait_until(lambda: '"status": "running"' in cell_state(tmp_path / "out" / "01_slow.ipynb"), process)
     os.kill(process.pid, signal.SIGINT)
