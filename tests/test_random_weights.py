@@ -79,6 +79,7 @@ def test_layers_over_one_input_lie_together_and_compute_the_same(bagel):
 
 
 def test_a_model_takes_no_more_memory_than_its_weights(bagel):
-    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in bagel.model.parameters()}
-    held = sum(storage.nbytes() for storage in storages.values())
+    joined = [part for module in bagel.model.modules() for part in getattr(module, "joined", ()) if part is not None]
+    storages = [tensor.untyped_storage() for tensor in (*bagel.model.parameters(), *joined)]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     assert held == sum(weight.nbytes for weight in bagel.model.parameters())

@@ -137,6 +137,7 @@ def test_a_run_keeps_results_and_names_the_failing_cell(make_notebook, tmp_path,
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<img ") == 1 and "size 17 is odd" in page and 'href="00_good.ipynb"' in page
     executed = (tmp_path / "out" / "00_good.html").read_text()
+    assert '<script src="http' not in executed  # a page opens without a network
     assert "00_good" in executed
     assert "00_good" in capsys.readouterr().out
 

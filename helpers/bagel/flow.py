@@ -103,20 +103,19 @@ def denoise(
     times = timesteps(settings.num_timesteps, settings.timestep_shift)
     guided = settings.guided(times)
     places = model.latent_places(*grid)
-    conditional, text, image = (
-        None if context is None else _Branch(model, context, places, settings.step_cache)
-        for context in (branches.conditional, branches.text, branches.image)
-    )
+    to_image, image = settings.cfg_img_scale > 1, branches.image
     if settings.step_cache and not guided[0] and image is None:
         # Branches count their own forwards: one that starts late forecasts at other steps than the conditional one.
-        image = _Branch(model, branches.conditional, places, settings.step_cache)
-    if settings.cfg_img_scale <= 1:
-        image = None
+        image = branches.conditional
+    conditional, text, image = (
+        None if context is None else _Branch(model, context, places, settings.step_cache)
+        for context in (branches.conditional, branches.text, image if to_image else None)
+    )
     x = noise.to(model.device, torch.float32)
     for step, (t, following) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
         if guided[step]:
-            v, v_text, *rest = _velocities([conditional, text, image] if image else [conditional, text], x, t)
-            v_image = None if settings.cfg_img_scale <= 1 else rest[0] if rest else v
+            v, v_text, *of_image = _velocities([conditional, text, image] if image else [conditional, text], x, t)
+            v_image = (of_image[0] if image else v) if to_image else None
             v = guide(v, v_text, v_image, settings)
         else:
             (v,) = _velocities([conditional], x, t)

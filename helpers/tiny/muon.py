@@ -1,7 +1,7 @@
 """Muon, with all matrices of one shape updated at once.
 
 The same arithmetic as `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw" and no weight decay, which takes one
-matrix after another: with a hundred small ones that costs a quarter of a training step. Source: arXiv 2502.16982.
+matrix after another: with a hundred small ones that cost a fifth of a training step. Source: arXiv 2502.16982.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """The nearest matrices whose singular values are about 1 (0.7 to 1.2), bfloat16 [count, rows, columns]."""
+    """The nearest matrices whose singular values are near 1, bfloat16 [count, rows, columns]."""
     a, b, c = NEWTON_SCHULZ
     wide = x.shape[1] <= x.shape[2]
     x = x.bfloat16() if wide else x.bfloat16().mT
