@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,24 +13,16 @@ from torch import nn
 
 from .bagel.autoencoder import Autoencoder
 from .bagel.config import BagelConfig, read_config
-from .bagel.layers import KERNELS, join
+from .bagel.decoder import DecoderLayer
+from .bagel.layers import join, round_to_fp8
 from .bagel.model import Bagel
 from .bagel.session import Parts
 from .bagel.text import TextCodec
+from .choices import Choices
 from .memory import check_room
+from .tensors import damaged, read_tensors
 
 MODEL_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
-WEIGHTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Where and how a checkpoint is loaded, and why."""
-
-    device: torch.device
-    weights: str
-    attention: str
-    reason: str
 
 
 def load(folder: Path | str, choices: Choices) -> Parts:
@@ -41,9 +35,9 @@ def load(folder: Path | str, choices: Choices) -> Parts:
     config = read_config(folder, tensor_shapes(folder / MODEL_FILE))
     codec = TextCodec(_tokenizer(folder))
     model, autoencoder = _empty_modules(config, codec, choices)
-    fill(model, folder / MODEL_FILE, choices.device, WEIGHTS[choices.weights])
+    fill(model, folder / MODEL_FILE, choices.device, choices.dtype, choices.weights == "fp8")
     fill(autoencoder, folder / AUTOENCODER_FILE, choices.device, torch.float32)
-    return _ready(model, autoencoder, codec)
+    return _ready(model, autoencoder, codec, choices)
 
 
 def load_random(config: BagelConfig, tokenizer: Path, choices: Choices) -> Parts:
@@ -54,9 +48,20 @@ def load_random(config: BagelConfig, tokenizer: Path, choices: Choices) -> Parts
     """
     codec = TextCodec(_tokenizer(tokenizer))
     model, autoencoder = _empty_modules(config, codec, choices)
-    fill_randomly(model, choices.device, WEIGHTS[choices.weights])
+    fill_randomly(model, choices.device, choices.dtype, choices.weights == "fp8")
     fill_randomly(autoencoder, choices.device, torch.float32)
-    return _ready(model, autoencoder, codec)
+    _write_words_alone(model, codec)
+    return _ready(model, autoencoder, codec, choices)
+
+
+def _write_words_alone(model: Bagel, codec: TextCodec) -> None:
+    """Let random weights prefer tokens that are words: a text then has its full length, and is not empty."""
+    head = model.language_model.lm_head.weight
+    special = set(codec.tokenizer.all_special_ids)
+    words = [token for token in range(len(codec.tokenizer)) if token not in special and codec.decode([token]).strip()]
+    silent = torch.ones(len(head), dtype=torch.bool, device=head.device)
+    silent[words] = False
+    head[silent] = 0
 
 
 def _empty_modules(config: BagelConfig, codec: TextCodec, choices: Choices) -> tuple[Bagel, Autoencoder]:
@@ -64,82 +69,20 @@ def _empty_modules(config: BagelConfig, codec: TextCodec, choices: Choices) -> t
     with torch.device("meta"):
         model = Bagel(config, codec.image_markers, choices.attention)
         autoencoder = Autoencoder(config.autoencoder)
-    needed = _bytes(model, WEIGHTS[choices.weights]) + _bytes(autoencoder, torch.float32)
+    needed = _bytes(model, choices.dtype, choices.weights == "fp8") + _bytes(autoencoder, torch.float32)
     check_room(needed, choices.weights, choices.device)
     return model, autoencoder
 
 
-def _ready(model: Bagel, autoencoder: Autoencoder, codec: TextCodec) -> Parts:
-    if model.device.type == "cpu":
+def _ready(model: Bagel, autoencoder: Autoencoder, codec: TextCodec, choices: Choices) -> Parts:
+    if choices.device.type == "cpu":
         # The tiny autoencoder's convolutions take up to a quarter less time there with channels last.
         autoencoder.to(memory_format=torch.channels_last)
+    if choices.kernels:
+        from .bagel import kernels
+
+        model.language_model.model.kernels = kernels
     return Parts(model.eval(), autoencoder.eval(), codec)
-
-
-def choose(device: str, weights: str, attention: str) -> Choices:
-    """Turn "auto" into what this machine does best. Raises ValueError for unknown or impossible wishes."""
-    chosen = _device(device)
-    reasons = []
-    if weights == "auto":
-        weights, why = _weights(chosen)
-        reasons.append(f"{weights} because {why}")
-    elif weights not in WEIGHTS:
-        raise ValueError(f"weights {weights!r} must be one of auto, {', '.join(WEIGHTS)}.")
-    if attention == "auto":
-        attention, why = _attention(chosen)
-        reasons.append(f"{attention} because {why}")
-    elif attention not in KERNELS:
-        raise ValueError(f"attention {attention!r} must be one of auto, {', '.join(KERNELS)}.")
-    _check_attention(attention, chosen, weights)
-    return Choices(chosen, weights, attention, "; ".join(reasons) or "as asked")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {name!r} must be 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} must be 'auto', 'cpu', 'cuda' or 'cuda:N'.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r} was asked for, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
-            "cards here: use device='auto' or 'cpu', or install a CUDA build of PyTorch (notebook 00 says which)."
-        )
-    return device
-
-
-def _weights(device: torch.device) -> tuple[str, str]:
-    if device.type == "cpu":
-        return "fp32", "CPUs compute in float32 fastest"
-    if torch.cuda.get_device_capability(device)[0] >= 8:
-        return "bf16", "the model was trained in bfloat16 and this card computes in it"
-    return "fp32", "this card has no bfloat16 arithmetic (compute capability below 8.0)"
-
-
-def _attention(device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        return "cudnn", "cuDNN's attention is the fastest on Hopper"
-    return "sdpa", "PyTorch's own attention runs on every device"
-
-
-def _check_attention(attention: str, device: torch.device, weights: str) -> None:
-    if attention == "sdpa":
-        return
-    if device.type == "cpu":
-        raise ValueError(f"attention {attention!r} needs a CUDA card; on the CPU use 'sdpa'.")
-    if attention == "flash_attn":
-        if WEIGHTS[weights] != torch.bfloat16:
-            raise ValueError(f"attention 'flash_attn' computes in 16 bits, not with weights={weights!r}: use 'sdpa'.")
-        try:
-            import flash_attn  # noqa: F401 - only whether it can be imported
-        except ImportError as error:
-            raise ImportError(
-                "attention 'flash_attn' needs the flash-attn package: pip install '.[flash]' or conda-forge's prebuilt "
-                "flash-attn; attention='sdpa' needs nothing and computes the same."
-            ) from error
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -148,42 +91,74 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
-def fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:
+def fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> None:
     """Replace the parameters of a module built on the meta device by those of a safetensors file.
 
-    Raises ValueError naming the tensors that are missing, unexpected or of another shape.
+    `fp8`: the weights of the decoder's layers are rounded. Raises ValueError naming the tensors that are missing,
+    unexpected or of another shape, or what `read_tensors` does.
     """
     _compare(file, tensor_shapes(file), {name: tuple(t.shape) for name, t in module.state_dict().items()})
-    allocate(module, device, dtype)
-    with _open(file, device) as tensors:
-        for name, weight in module.state_dict().items():
-            weight.copy_(tensors.get_tensor(name))
+    _fill(module, partial(read_tensors, file), device, dtype, fp8)
 
 
-def fill_randomly(module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+def fill_randomly(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, fp8: bool = False, seed: int = 0
+) -> None:
     """Give a module built on the meta device random weights that keep activations of one size through its layers.
 
-    Matrices and convolutions are normal with variance 1 / inputs, norms one, biases zero.
+    Matrices and convolutions are normal with variance 1 / inputs, norms one, biases zero; `fp8` as in `fill`.
     """
-    allocate(module, device, dtype)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, weight in module.state_dict().items():
-        if weight.ndim > 1:
-            weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
-        else:
-            weight.fill_(float(not name.endswith("bias")))
+    generator = torch.Generator(device)
+
+    def draw(weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            if weight.ndim > 1:
+                # From its name, so that every format rounds the same weights.
+                generator.manual_seed(seed + crc32(name.encode()))
+                weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
+            else:
+                weight.fill_(float(not name.endswith("bias")))
+
+    _fill(module, draw, device, dtype, fp8)
+
+
+def _fill(module: nn.Module, take: Callable[[dict], None], device: torch.device, dtype: torch.dtype, fp8: bool) -> None:
+    """Storage for the weights of a module, filled by `take`, which is given them by name."""
+    if fp8:
+        for name, layer in module.named_modules():
+            if isinstance(layer, DecoderLayer):
+                # Rounded before the next one comes, so that only one layer stands here in full.
+                _fill_part(layer, f"{name}.", take, device, dtype)
+                for group in _groups(layer):
+                    round_to_fp8(group)
+    _fill_part(module, "", take, device, dtype)
+
+
+def _fill_part(
+    part: nn.Module, prefix: str, take: Callable[[dict], None], device: torch.device, dtype: torch.dtype
+) -> None:
+    empty = [name for name, weight in part.state_dict().items() if weight.is_meta]
+    allocate(part, device, dtype)
+    weights = part.state_dict()
+    take({prefix + name: weights[name] for name in empty})
 
 
 def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a module built on the meta device storage, not filled: once, where each weight shall stay."""
-    for part in module.modules():
-        for layers in part.over_one_input() if hasattr(part, "over_one_input") else ():
+    """Give what lies on the meta device storage, not filled: once, where each weight shall stay."""
+    for layers in _groups(module):
+        if layers[0].weight.is_meta:
             join(layers, device, dtype)
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
             if weight.is_meta:
                 storage = torch.empty(weight.shape, device=device, dtype=dtype)
                 setattr(part, name, nn.Parameter(storage, requires_grad=False))
+
+
+def _groups(module: nn.Module) -> list[list[nn.Linear]]:
+    """The linear layers that lie together, of all parts of a module."""
+    parts = (part for part in module.modules() if hasattr(part, "over_one_input"))
+    return [group for part in parts for group in part.over_one_input()]
 
 
 def _compare(file: Path, found: dict, wanted: dict) -> None:
@@ -208,19 +183,16 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _open(file: Path, device: torch.device | str = "cpu"):
+def _open(file: Path):
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is missing: a BAGEL folder holds {MODEL_FILE} and {AUTOENCODER_FILE}; notebook 01 shows how to "
             "fetch them."
         )
     try:
-        return safe_open(file, "pt", device=str(device))
+        return safe_open(file, "pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size:,} bytes) cannot be read ({error}): it is truncated or damaged; fetch it "
-            "again and compare its size with the official one."
-        ) from error
+        raise damaged(file, error) from error
 
 
 def _tokenizer(folder: Path):
@@ -240,5 +212,7 @@ def _tokenizer(folder: Path):
         ) from error
 
 
-def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    return sum(p.numel() for p in module.parameters()) * dtype.itemsize
+def _bytes(module: nn.Module, dtype: torch.dtype, fp8: bool = False) -> int:
+    """Of the weights once they are loaded."""
+    rounded = sum(layer.weight.numel() for group in _groups(module) for layer in group) if fp8 else 0
+    return (sum(p.numel() for p in module.parameters()) - rounded) * dtype.itemsize + rounded

@@ -21,30 +21,39 @@ def check_room(needed: int, weights: str, device: torch.device) -> None:
         cure = "end the process that holds the card (nvidia-smi), or choose a smaller weight format or another card"
     else:
         cure = "close other programs, or use weights='bf16'" if weights == "fp32" else "close other programs"
-    free, told = _free(device)
-    if needed > free:
-        raise MemoryError(f"The weights need {needed / 1e9:.1f} GB as {weights} on {device}; {told}: {cure}.")
+    if needed > _sizes(device)[0]:
+        raise MemoryError(
+            f"The weights need {needed / 1e9:.1f} GB as {weights} on {device}; {_in_words(device)}: {cure}."
+        )
 
 
 def explained(work: Callable[[], Result], device: torch.device) -> Result:
-    """What `work` returns. Raises MemoryError, with the sizes and the cure, where PyTorch ran out of memory.
+    """What `work` returns; memory of a card that it left unused goes back.
 
+    Raises MemoryError, with the sizes and the cure, where PyTorch ran out of memory.
     It is raised without the error that it explains, whose traceback would keep the tensors of the call alive.
     """
     try:
-        return work()
+        made = work()
+        _give_back(device)  # what recorded work took, nothing else can use
+        return made
     except RuntimeError as error:
         wanted = _wanted(error)
         if wanted is None:
             raise
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _give_back(device)
     raise MemoryError(
         f"This call ran out of memory on {device} when it asked for {wanted} more; now that it has ended, "
-        f"{_free(device)[1]}: ask for a smaller picture (height, width), fewer samples at once or fewer new tokens, "
+        f"{_in_words(device)}: ask for a smaller picture (height, width), fewer samples at once or fewer new tokens, "
         "or end other processes."
     )
+
+
+def _give_back(device: torch.device) -> None:
+    """Return the card's memory that PyTorch keeps without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _wanted(error: RuntimeError) -> str | None:
@@ -55,13 +64,19 @@ def _wanted(error: RuntimeError) -> str | None:
     return size.group(1) if size else "an unknown amount"
 
 
-def _free(device: torch.device) -> tuple[int, str]:
-    """Bytes that are free, and in words with the total and, on a card, who holds the rest."""
+def _sizes(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free, and in all."""
     if device.type == "cuda":
-        (free, total), holders = torch.cuda.mem_get_info(device), _card_processes()
-    else:
-        (total, free), holders = main_memory(), ""
-    return free, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free{holders}"
+        return torch.cuda.mem_get_info(device)
+    total, free = main_memory()
+    return free, total
+
+
+def _in_words(device: torch.device) -> str:
+    """How much is free of how much and, on a card, who holds the rest."""
+    free, total = _sizes(device)
+    holders = _card_processes() if device.type == "cuda" else ""
+    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free{holders}"
 
 
 def _card_processes() -> str:

@@ -24,7 +24,8 @@ from .bagel.flow import FlowSettings
 from .bagel.images import fitted_size, open_picture
 from .bagel.session import Parts, Plan, Session, block_tokens, latent_block
 from .bagel.text import THINK_TO_ANSWER, THINK_TO_DRAW, split_thought
-from .checkpoint import MODEL_FILE, choose, load, load_random, tensor_shapes
+from .checkpoint import MODEL_FILE, load, load_random, tensor_shapes
+from .choices import choose
 from .hub import RANDOM
 from .memory import explained
 
@@ -70,15 +71,19 @@ class FramesResult:
 
 
 def load_bagel(
-    model: Path | str = "tiny", weights: str = "auto", device: str = "auto", attention: str = "auto"
+    model: Path | str = "tiny",
+    weights: str = "auto",
+    device: str = "auto",
+    attention: str = "auto",
 ) -> BagelPipeline:
     """A BAGEL that is ready to use: "tiny" (the model in this repository) or an official checkpoint folder.
 
     "random-7b" and "random-tiny" have the sizes of the released and of the tiny model and random weights, made on the
     device: they show speed and memory, and draw noise.
 
-    `weights`: "auto", "bf16", "fp32". `device`: "auto", "cpu", "cuda", "cuda:N". `attention`: "auto", "sdpa",
-    "cudnn", "flash_attn". Prints what "auto" chose and why. Errors: see `helpers.checkpoint.load`.
+    `weights`: "auto", "bf16", "fp32", "fp8" (the decoder's layers in 8 bits, faster and smaller, with a loss).
+    `device`: "auto", "cpu", "cuda", "cuda:N". `attention`: "auto", "sdpa", "cudnn", "flash_attn". Prints what "auto"
+    chose and why. Errors: see `helpers.checkpoint.load`.
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model {model!r} ({type(model).__name__}) must be 'tiny' or the name of a folder.")

@@ -45,15 +45,16 @@ def watching(bagel) -> Iterator[list[Pass]]:
     Results stay the same; the model is as before when the block ends, also by an error. Only text passes keep their
     attention: that of pictures would fill the memory.
     """
-    model, kernel = bagel.model, bagel.model.kernel
-    watcher = _Watcher(kernel)
-    hook = model.language_model.model.register_forward_pre_hook(watcher.enter)
-    model.kernel = watcher.attend
+    model, kernel, decoder = bagel.model, bagel.model.kernel, bagel.model.language_model.model
+    watcher, kernels = _Watcher(kernel), decoder.kernels
+    hook = decoder.register_forward_pre_hook(watcher.enter)
+    # Recorded work of a card would not pass here again: the layers run as they are written.
+    model.kernel, decoder.kernels = watcher.attend, None
     try:
         yield watcher.passes
     finally:
         hook.remove()
-        model.kernel = kernel
+        model.kernel, decoder.kernels = kernel, kernels
 
 
 class _Watcher:
@@ -67,7 +68,7 @@ class _Watcher:
         self.experts, self.places, self.attended = (0, 0), [], 0
 
     def enter(self, _decoder, inputs) -> None:
-        x, understanding, positions, _ = inputs
+        x, understanding, positions, *_ = inputs
         self.of_row, self.places, self.attended = {}, positions.tolist(), 0
         self.experts = understanding, x.shape[1] - understanding
 

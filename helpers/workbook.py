@@ -343,6 +343,7 @@ def _execute(notebook: Path, out: Path, outcome: Outcome) -> None:
         outcome.error = _error(None, type(error).__name__, str(error), [])
     finally:
         outcome.seconds = round(time.perf_counter() - start, 2)
+        _finish(target, outcome)
         _count(target, outcome)
         outcome.results = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
         print(_line(outcome).removeprefix(begun), flush=True)
@@ -355,25 +356,31 @@ def _papermill(notebook: Path, target: Path, values: dict[str, Any]) -> None:
     # It warns of parameters that it cannot find, `HEIGHT: int | None` among them; all names were checked before.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     bar = {"desc": f"{notebook.stem:<25}", "leave": False, "ncols": 80} if sys.stderr.isatty() else False
+    execute_notebook(
+        notebook,
+        target,
+        values,
+        kernel_name="python3",
+        cwd=repository(),
+        progress_bar=bar,
+        autosave_cell_every=10,
+        # The kernel would warn that it listens on this machine alone, and say when it is stopped, within our lines.
+        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+    )
+
+
+def _finish(target: Path, outcome: Outcome) -> None:
+    """Tidy the executed notebook and lay its page beside it; where that fails, so has the notebook."""
     try:
-        execute_notebook(
-            notebook,
-            target,
-            values,
-            kernel_name="python3",
-            cwd=repository(),
-            progress_bar=bar,
-            autosave_cell_every=10,
-            # The kernel would warn that it listens on this machine alone, and say when it is stopped, within our lines.
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
-    finally:
         if target.is_file():
-            _finish(target)
+            _tidy(target)
+    except Exception as error:  # an error of the notebook's own says more
+        outcome.error = outcome.error or _error(None, type(error).__name__, str(error), [])
+        outcome.verdict = "failed" if outcome.verdict == "passed" else outcome.verdict
 
 
-def _finish(target: Path) -> None:
-    """Take this machine's paths out of papermill's notes, and lay the page beside the notebook."""
+def _tidy(target: Path) -> None:
+    """Take this machine's paths out of papermill's notes, and write the page."""
     import nbformat
 
     from helpers.report import write_page

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from helpers import checkpoint, memory
+from helpers import choices, memory
 from helpers.pipeline import load_bagel
 
 FOLDER = Path(__file__).parent / "reference"
@@ -125,7 +125,7 @@ def test_missing_card():
 
 def test_flash_attn_computes_in_16_bits():
     with pytest.raises(ValueError, match="16 bits, not with weights='fp32': use 'sdpa'"):
-        checkpoint._check_attention("flash_attn", torch.device("cuda"), "fp32")
+        choices._check_attention("flash_attn", torch.device("cuda"), "fp32")
 
 
 def test_a_model_is_a_name():

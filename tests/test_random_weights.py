@@ -67,15 +67,15 @@ def test_the_tokenizer_fits_the_vocabulary():
 def test_layers_over_one_input_lie_together_and_compute_the_same(bagel):
     """Loaded weights are views of one block: no second copy, and one product gives what several gave."""
     layer = bagel.model.language_model.model.layers[3]
-    x = torch.randn(2, 5, bagel.model.config.decoder.hidden_size)
     for part in (layer.self_attn, layer.mlp, layer.mlp_moe_gen):
         for group in part.over_one_input():
             storages = {one.weight.untyped_storage().data_ptr() for one in group}
             assert storages == {group[0].joined[0].untyped_storage().data_ptr()}
+            x = torch.randn(2, 5, group[0].in_features)
             for made, one in zip(linears(x, group), group, strict=True):
                 torch.testing.assert_close(made, one(x))
-    fresh = torch.nn.Linear(4, 3)
-    assert torch.equal(linears(x[..., :4], [fresh])[0], fresh(x[..., :4]))
+    fresh, x = torch.nn.Linear(4, 3), torch.randn(2, 4)
+    assert torch.equal(linears(x, [fresh])[0], fresh(x))
 
 
 def test_a_model_takes_no_more_memory_than_its_weights(bagel):
@@ -83,3 +83,19 @@ def test_a_model_takes_no_more_memory_than_its_weights(bagel):
     storages = [tensor.untyped_storage() for tensor in (*bagel.model.parameters(), *joined)]
     held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     assert held == sum(weight.nbytes for weight in bagel.model.parameters())
+
+
+def test_every_format_rounds_the_same_random_weights(bagel):
+    rounded = load_bagel("random-tiny", weights="fp8", device="cpu")
+    exact, layers = (one.model.language_model.model for one in (bagel, rounded))
+    assert torch.equal(exact.embed_tokens.weight, layers.embed_tokens.weight)
+    group = layers.layers[2].mlp_moe_gen.gate_proj.joined
+    expected = exact.layers[2].mlp_moe_gen.gate_proj.joined.weight
+    assert ((group.weight.float() * group.scale[:, None] - expected).abs() <= expected.abs() / 16 + 1e-3).all()
+
+
+def test_texts_of_random_weights_have_words_and_their_full_length(bagel):
+    answer = bagel.understand(None, "what is it?", max_new_tokens=30)
+    assert len(answer.token_ids) == 30 and answer.text.strip()
+    hot = bagel.understand(None, "what is it?", max_new_tokens=30, do_sample=True, temperature=0.01, seed=1)
+    assert len(hot.token_ids) == 30

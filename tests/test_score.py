@@ -55,7 +55,7 @@ class Knowing(Fake):
         keys = [(text, *map(_bytes, shown)) for text, shown in zip(texts, pictures, strict=True)]
         return [SimpleNamespace(text=f" {answers[key].title()}.", thought="thought") for key in keys]
 
-    def generate(self, texts, seed, num_timesteps, think=False, max_think_tokens=None):
+    def generate(self, texts, seed, num_timesteps, step_cache, think=False, max_think_tokens=None):
         known = _all_prompts()
         return [self._drawn(*known[text], think) for text in texts]
 
@@ -64,7 +64,7 @@ class Knowing(Fake):
         scene = next(filter(None, (prompt.scene(rng, split) for split in ("pairs", "test", "train"))))
         return SimpleNamespace(image=to_picture(draw([scene])[0]), thought=thought if think else None)
 
-    def edit(self, pictures, texts, seed, num_timesteps, encoders):
+    def edit(self, pictures, texts, seed, num_timesteps, step_cache, encoders):
         known = {
             (edit.instruction, _bytes(to_picture(draw([edit.before])[0]))): edit.after
             for edit in tasks.test_edits(SAMPLES, SEED)
@@ -72,7 +72,7 @@ class Knowing(Fake):
         scenes = [known[text, _bytes(picture)] for text, picture in zip(texts, pictures, strict=True)]
         return [SimpleNamespace(image=to_picture(picture)) for picture in draw(scenes)]
 
-    def predict_frames(self, films, count, seed, num_timesteps, cfg_text_scale, prompt=None, **size):
+    def predict_frames(self, films, count, seed, num_timesteps, step_cache, cfg_text_scale, prompt=None, **size):
         if prompt is None:
             chosen = clips.test_clips(SAMPLES, SEED, 13)
             known = {_bytes(film[0]): film for film in map(_frames, chosen)}
@@ -95,12 +95,12 @@ class Idle(Knowing):
     def _drawn(self, prompt, thought, think):
         return SimpleNamespace(image=Image.new("RGB", (128, 128), "white"), thought="hm" if think else None)
 
-    def edit(self, pictures, texts, seed, num_timesteps, encoders):
+    def edit(self, pictures, texts, seed, num_timesteps, step_cache, encoders):
         return [SimpleNamespace(image=picture) for picture in pictures]
 
-    def predict_frames(self, films, count, seed, num_timesteps, cfg_text_scale, prompt=None, **size):
+    def predict_frames(self, films, count, seed, num_timesteps, step_cache, cfg_text_scale, prompt=None, **size):
         more = {"cfg_text_scale": cfg_text_scale, "prompt": prompt, **size}
-        films = films or [made.frames[:1] for made in super().predict_frames([], count, 0, 2, **more)]
+        films = films or [made.frames[:1] for made in super().predict_frames([], count, 0, 2, None, **more)]
         return [SimpleNamespace(frames=[film[-1]] * count) for film in films]
 
 
@@ -170,7 +170,7 @@ def test_copied_frames_score_what_the_copied_baseline_does(scoring):
 
 def test_a_ball_that_is_not_there_is_a_whole_side_away(scoring):
     class Blank(Knowing):
-        def predict_frames(self, films, count, seed, num_timesteps, prompt=None, **_):
+        def predict_frames(self, films, count, seed, num_timesteps, step_cache, prompt=None, **_):
             empty = SimpleNamespace(frames=[Image.new("RGB", (64, 64), "white")] * count)
             return [empty] * len(prompt or films)
 
@@ -234,9 +234,9 @@ def test_pictures_of_other_prompts_satisfy_few(scoring):
 
 def test_encoders_alone_stand_beside_both(scoring):
     class Blind(Knowing):
-        def edit(self, pictures, texts, seed, num_timesteps, encoders):
+        def edit(self, pictures, texts, seed, num_timesteps, step_cache, encoders):
             whole = Knowing if encoders == "both" else Idle
-            return whole.edit(self, pictures, texts, seed, num_timesteps, encoders)
+            return whole.edit(self, pictures, texts, seed, num_timesteps, step_cache, encoders)
 
     row = scoring("edits", Blind())["all"]
     assert (row.value, row.beside["VAE alone"], row.beside["ViT alone"]) == (100, 0, 0)
@@ -255,9 +255,9 @@ def test_samples_go_in_batches_with_seeds_that_follow(scoring):
     seen = []
 
     class Noting(Knowing):
-        def generate(self, texts, seed, num_timesteps, **more):
+        def generate(self, texts, seed, num_timesteps, step_cache, **more):
             seen.append((len(texts), seed))
-            return super().generate(texts, seed, num_timesteps, **more)
+            return super().generate(texts, seed, num_timesteps, step_cache, **more)
 
     scoring("reason", Noting())
     assert seen == [(8, SEED), (6, SEED + 8)] * 2
@@ -295,7 +295,7 @@ def command(monkeypatch, tmp_path):
     monkeypatch.setattr(score, "new_readers", lambda: ThreadPoolExecutor(1))
 
     def run(fake, *more):
-        monkeypatch.setattr(score, "load_bagel", lambda model, device: fake)
+        monkeypatch.setattr(score, "load_bagel", lambda model, weights, device: fake)
         out = tmp_path / "new" / "scores.json"
         code = score.main(["--samples", str(SAMPLES), "--seed", str(SEED), "--out", str(out), *more])
         return code, json.loads(out.read_text())
@@ -316,6 +316,29 @@ def test_the_file_holds_what_the_docstring_says(command, capsys):
         "beside": {"input unchanged": 0.0, "VAE alone": 100.0, "ViT alone": 100.0},
     }
     assert "edits        all                        100.0 %  14" in capsys.readouterr().out
+
+
+def test_faster_modes_reach_every_picture_and_are_recorded(command):
+    asked = set()
+
+    class Watched(Knowing):
+        def generate(self, *inputs, **more):
+            asked.add(("generate", more["step_cache"]))
+            return super().generate(*inputs, **more)
+
+        def edit(self, *inputs, **more):
+            asked.add(("edit", more["step_cache"]))
+            return super().edit(*inputs, **more)
+
+        def predict_frames(self, *inputs, **more):
+            asked.add(("predict_frames", more["step_cache"]))
+            return super().predict_frames(*inputs, **more)
+
+    fast = ("--only", "generate,reason,edits,frames", "--weights", "fp8", "--step-cache", "taylorseer")
+    code, report = command(Watched(), *fast)
+    assert code == 0
+    assert asked == {(verb, "taylorseer") for verb in ("generate", "edit", "predict_frames")}
+    assert (report["settings"]["weights"], report["settings"]["step_cache"]) == ("fp8", "taylorseer")
 
 
 def test_a_section_that_fails_is_named_and_the_others_still_run(command, capsys):

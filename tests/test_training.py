@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Qwen2Tokenizer
 
 from helpers.bagel.autoencoder import Autoencoder
-from helpers.bagel.flow import _Branch, _hidden
+from helpers.bagel.flow import _Branch, _Forwards
 from helpers.bagel.images import to_picture, to_pixels, unpatchify
 from helpers.bagel.text import TextCodec
 from helpers.pipeline import load_bagel
@@ -75,7 +75,7 @@ def hidden_in_context(joint, task):
             branch = _Branch(model, context, model.latent_places(n, n), None)
             t = task.times[segment.source][0]
             x = torch.lerp(task.latents[segment.source][:1], task.noise[segment.source][:1], t)
-            _hidden([branch], x, t.item())
+            _Forwards(model, x)([branch], x, t.item())
     del decoder.forward
     return found
 

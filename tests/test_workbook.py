@@ -175,6 +175,18 @@ def test_a_model_with_random_weights_is_a_name(make_notebook, tmp_path, monkeypa
     assert todo.values["00_a"]["MODEL"] == todo.model == "random-tiny"
 
 
+def test_a_page_that_cannot_be_written_fails_the_notebook_and_hides_no_error(make_notebook, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ImportError("no exporter here")
+
+    monkeypatch.setattr("helpers.report.write_page", broken)
+    good, bad = make_notebook("00_good", "1 + 1"), make_notebook("01_bad", "raise ValueError('size 17 is odd')")
+    outcomes = workbook.run(plan_of(tmp_path, good, bad, values={"SEED": 7, "OUT": str(tmp_path / "out")}))
+    assert [one.verdict for one in outcomes] == ["failed", "failed"]
+    assert (outcomes[0].error["cell"], outcomes[0].error["evalue"]) == (None, "no exporter here")
+    assert (outcomes[1].error["cell"], outcomes[1].error["evalue"]) == (2, "size 17 is odd")
+
+
 def test_main_returns_1_for_a_failing_notebook_and_prints_the_table(make_notebook, tmp_path, monkeypatch, capsys):
     parameters = PARAMETERS + '\nWEIGHTS: str = "auto"  # format\nDEVICE: str = "auto"  # where'
     broken = make_notebook("00_a", "1 / 0", parameters=parameters)

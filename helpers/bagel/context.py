@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .config import DecoderConfig
-from .decoder import Attend
 from .layers import AttentionKernel
 
 
@@ -37,6 +36,34 @@ class Mark:
     length: int
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """An `Attend`: new tokens' keys and values go to the slots from `slot` on, their queries look at [begin, end).
+
+    `valid` bool [batch, end - begin] is False at padding, None where there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+    kernel: AttentionKernel
+    slot: int
+    begin: int
+    end: int
+    causal: bool
+    index = None  # the slots do not depend on numbers on the device
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        write = slice(self.slot, self.slot + k.shape[1])
+        self.keys[layer][:, write], self.values[layer][:, write] = k, v
+        return self.look(layer, q)
+
+    def look(self, layer: int, q: Tensor) -> Tensor:
+        """Attended values of queries whose keys and values are in their slots."""
+        keys, values = (slots[layer][:, self.begin : self.end] for slots in (self.keys, self.values))
+        return self.kernel(q, keys, values, self.causal, self.valid)
 
 
 @dataclass
@@ -106,18 +133,16 @@ class Context:
     def _positions(self) -> Tensor:
         return torch.tensor(self.positions, device=self.keys.device)
 
-    def attend_appending(self, kernel: AttentionKernel, count: int, causal: bool) -> Attend:
+    def attend_appending(self, kernel: AttentionKernel, count: int, causal: bool) -> Sight:
         """Attention of `count` new tokens to the context and themselves; their keys and values are written behind it.
 
         The caller calls `extend` once the tokens have gone through all layers.
         Raises ValueError when the tokens do not fit.
         """
-        begin = self.start + self.length
-        end = begin + count
-        self._check(count, end)
-        return self._attend(kernel, slice(begin, end), slice(self.start, end), causal)
+        begin = self.next_slot(count)
+        return self._sight(kernel, begin, self.start, begin + count, causal)
 
-    def attend_beside(self, kernel: AttentionKernel, count: int) -> Attend:
+    def attend_beside(self, kernel: AttentionKernel, count: int) -> Sight:
         """Full attention of `count` tokens to the context and themselves; the context stays as it is.
 
         Raises ValueError when the scratch slots are too few or the context has used up the model's positions.
@@ -127,18 +152,17 @@ class Context:
             raise ValueError(f"A block of {count} tokens needs that many scratch slots; the context has {self.start}.")
         if max(self.positions) >= self.limit:
             raise ValueError(f"The context ends at position {max(self.positions)}; the model ends at {self.limit}.")
-        return self._attend(kernel, slice(begin, self.start), slice(begin, end), causal=False)
+        return self._sight(kernel, begin, begin, end, causal=False)
 
-    def _attend(self, kernel: AttentionKernel, write: slice, read: slice, causal: bool) -> Attend:
-        """Attention that first puts the new keys and values into the slots `write`, then looks at `read`."""
-        valid = self.valid[:, read] if self.ragged else None
+    def _sight(self, kernel: AttentionKernel, slot: int, begin: int, end: int, causal: bool) -> Sight:
+        valid = self.valid[:, begin:end] if self.ragged else None
+        return Sight(self.keys, self.values, valid, kernel, slot, begin, end, causal)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]  # [batch, slots, kv_heads, head_dim]
-            keys[:, write], values[:, write] = k, v
-            return kernel(q, keys[:, read], values[:, read], causal, valid)
-
-        return attend
+    def next_slot(self, count: int) -> int:
+        """The slot of the next token. Raises ValueError where `count` tokens do not fit."""
+        begin = self.start + self.length
+        self._check(count, begin + count)
+        return begin
 
     def hide(self, counts: list[int], width: int) -> None:
         """Mark the padding of the next `width` tokens, of which sample i really has `counts[i]`."""

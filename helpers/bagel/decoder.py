@@ -8,12 +8,14 @@ carries no meaning, and sorting them makes routing two slices instead of gathers
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DecoderConfig
+from .fused import run_layers
 from .layers import RMSNorm, linears, rotary_table, rotate
 
 # What a layer asks for: (layer index, q, k, v) -> attended values [batch, n, heads, head_dim].
@@ -30,12 +32,13 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = linears(x, self.over_one_input()[0])
-        return self.down_proj(F.silu(gate) * up)
+        together, down = self.over_one_input()
+        gate, up = linears(x, together)
+        return linears(F.silu(gate) * up, down)[0]
 
     def over_one_input(self) -> list[list[nn.Linear]]:
-        """Layers that may be computed as one."""
-        return [[self.gate_proj, self.up_proj]]
+        """Layers by their input: those of one group may be computed as one."""
+        return [[self.gate_proj, self.up_proj], [self.down_proj]]
 
 
 class SelfAttention(nn.Module):
@@ -60,9 +63,22 @@ class SelfAttention(nn.Module):
             q, k = q.float(), k.float()
         return getattr(self, f"q_norm{suffix}")(q), getattr(self, f"k_norm{suffix}")(k), v
 
+    def norms(self, suffix: str) -> tuple[Tensor, Tensor, float]:
+        """Weights of q's and k's norm, epsilon."""
+        q_norm, k_norm = (getattr(self, f"{name}_norm{suffix}") for name in "qk")
+        return q_norm.weight, k_norm.weight, q_norm.eps
+
+    def out(self, attended: Tensor, suffix: str) -> Tensor:
+        """Attended values [batch, n, heads * d] -> [batch, n, hidden]."""
+        return linears(attended, [getattr(self, f"o_proj{suffix}")])[0]
+
     def over_one_input(self) -> list[list[nn.Linear]]:
-        """Layers that may be computed as one, for each expert."""
-        return [self._projections(suffix) for suffix in ("", "_moe_gen")]
+        """Layers by their input, for both experts: those of one group may be computed as one."""
+        return [
+            group
+            for suffix in ("", "_moe_gen")
+            for group in (self._projections(suffix), [getattr(self, f"o_proj{suffix}")])
+        ]
 
     def _projections(self, suffix: str) -> list[nn.Linear]:
         return [getattr(self, f"{name}_proj{suffix}") for name in ("q", "k", "v")]
@@ -97,7 +113,7 @@ class DecoderLayer(nn.Module):
         attended = attended.flatten(-2)
         parts = []
         for (suffix, part), (_, values) in zip(_experts(x, und_tokens), _experts(attended, und_tokens), strict=True):
-            part = part + getattr(self.self_attn, f"o_proj{suffix}")(values)
+            part = part + self.self_attn.out(values, suffix)
             normed = getattr(self, f"post_attention_layernorm{suffix}")(part)
             parts.append(part + getattr(self, f"mlp{suffix}")(normed))
         return _join(parts)
@@ -113,16 +129,23 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # The module `kernels`, where its kernels can run the layers: on the device that they will lie on.
+        self.kernels: ModuleType | None = None
+        self.warm: set[tuple[int, ...]] = set()  # shapes of passes whose kernels this process has used
 
-    def forward(self, x: Tensor, und_tokens: int, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, und_tokens: int, positions: Tensor, *attends: Attend) -> Tensor:
         """Embedded tokens through all layers; the final norm is left to the caller.
 
         x [batch, n, hidden], the first `und_tokens` of them for the understanding expert; positions [batch, n].
+        Several `attends` share the batch: equal parts of it, one behind the other, that differ in their contexts.
         """
         rope = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        if self.kernels is not None:
+            return run_layers(self.layers, self.kernels, x, und_tokens, rope, attends)
         for index, layer in enumerate(self.layers):
-            q, k, v = layer.project(x, und_tokens, rope)
-            x = layer.finish(x, attend(index, q, k, v), und_tokens)
+            parts = zip(*(part.chunk(len(attends)) for part in layer.project(x, und_tokens, rope)), strict=True)
+            attended = [attend(index, *part) for attend, part in zip(attends, parts, strict=True)]
+            x = layer.finish(x, _join(attended, dim=0), und_tokens)
         return x
 
 
@@ -132,5 +155,5 @@ def _experts(x: Tensor, und_tokens: int) -> list[tuple[str, Tensor]]:
     return [(suffix, part) for suffix, part in parts if part.shape[1]]
 
 
-def _join(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _join(parts: list[Tensor] | tuple[Tensor, ...], dim: int = 1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .checks import finite_number, whole_number
 from .context import Context
 from .model import Bagel
+from .recorded import recorded
 
 RENORMALISATIONS = ("global", "channel", "text_channel")
 STEP_CACHES = (None, "taylorseer")
@@ -112,13 +113,15 @@ def denoise(
         for context in (branches.conditional, branches.text, image if to_image else None)
     )
     x = noise.to(model.device, torch.float32)
+    forwards = _Forwards(model, x)
     for step, (t, following) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
         if guided[step]:
-            v, v_text, *of_image = _velocities([conditional, text, image] if image else [conditional, text], x, t)
+            all_branches = [conditional, text, image] if image else [conditional, text]
+            v, v_text, *of_image = _velocities(forwards, all_branches, x, t)
             v_image = (of_image[0] if image else v) if to_image else None
             v = guide(v, v_text, v_image, settings)
         else:
-            (v,) = _velocities([conditional], x, t)
+            (v,) = _velocities(forwards, [conditional], x, t)
         x = x - v * (t - following)
         if on_step is not None:
             on_step(step, following, x)
@@ -153,34 +156,62 @@ def _norm(v: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(v, dim=dims, keepdim=True)
 
 
-def _velocities(branches: list[_Branch], x: Tensor, t: float) -> list[Tensor]:
+def _velocities(forwards: _Forwards, branches: list[_Branch], x: Tensor, t: float) -> list[Tensor]:
     """The velocity that each branch sees; those that are due go through the decoder as one batch."""
     due = [branch for branch in branches if branch.due]
     if due:
-        for branch, hidden in zip(due, _hidden(due, x, t), strict=True):
+        for branch, hidden in zip(due, forwards(due, x, t), strict=True):
             branch.take(hidden)
     return [branch.velocity() for branch in branches]
 
 
-def _hidden(branches: list[_Branch], x: Tensor, t: float) -> tuple[Tensor, ...]:
-    """Latent tokens [batch, n, 64] -> for each branch the decoder's last hidden states of those tokens.
+class _Forwards:
+    """The decoder's passes for one picture. On a card the same branches' pass is recorded once, then replayed."""
 
-    Together they read the weights once. Only attention is each branch's own, since contexts differ in length.
-    """
-    model, samples = branches[0].model, len(x)
-    time = torch.full((samples,), t, device=x.device)
-    markers = model.embed_markers(samples)
-    tokens = torch.cat([markers, model.embed_latents(x, time, branches[0].places)], dim=1)
+    def __init__(self, model: Bagel, x: Tensor):
+        self.model = model
+        self.x, self.t = x.clone(), torch.zeros(len(x), device=x.device)
+        self.replays: dict[tuple[_Branch, ...], tuple[Callable[[], None], list[Tensor]]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = zip(branches, *(part.split(samples) for part in (q, k, v)), strict=True)
-        attended = [branch.attend(layer, *own) for branch, *own in parts]
-        return attended[0] if len(attended) == 1 else torch.cat(attended)
+    def __call__(self, branches: list[_Branch], x: Tensor, t: float) -> tuple[Tensor, ...]:
+        """Latent tokens [batch, n, 64] at flow time t -> for each branch the hidden states of those tokens.
 
-    tokens = tokens.repeat(len(branches), 1, 1)
-    positions = torch.cat([branch.positions for branch in branches])
-    hidden = model.language_model.model(tokens, markers.shape[1], positions, attend)
-    return hidden[:, markers.shape[1] :].split(samples)
+        They are overwritten by the next call.
+        """
+        self.x.copy_(x)
+        self.t.fill_(t)
+        decoder, key = self.model.language_model.model, tuple(branches)
+        if decoder.kernels is None or not x.is_cuda:
+            return self._run(branches)
+        shape = len(x), *(branch.sight.end - branch.sight.begin for branch in branches)
+        if key not in self.replays:
+            if shape not in decoder.warm or not self._room(branches):
+                decoder.warm.add(shape)
+                return self._run(branches)
+            made: list[Tensor] = []
+            self.replays[key] = recorded(lambda: made.extend(self._run(branches)), self.pool), made
+        replay, made = self.replays[key]
+        replay()
+        return tuple(made)
+
+    def _run(self, branches: list[_Branch]) -> tuple[Tensor, ...]:
+        """Together the branches read the weights once. Only attention is each one's own: contexts differ in length."""
+        model, samples = self.model, len(self.x)
+        markers = model.embed_markers(samples)
+        tokens = torch.cat([markers, model.embed_latents(self.x, self.t, branches[0].places)], dim=1)
+        tokens = tokens.repeat(len(branches), 1, 1)
+        positions = torch.cat([branch.positions for branch in branches])
+        sights = [branch.sight for branch in branches]
+        hidden = model.language_model.model(tokens, markers.shape[1], positions, *sights)
+        return hidden[:, markers.shape[1] :].split(samples)
+
+    def _room(self, branches: list[_Branch]) -> bool:
+        """Whether the card has memory for a recorded pass, which keeps all that it works with beside the rest."""
+        config = self.model.config.decoder
+        rows = len(branches) * len(self.x) * branches[0].positions.shape[1]
+        needed = rows * (3 * config.intermediate_size + 8 * config.hidden_size) * self.model.dtype.itemsize
+        return torch.cuda.mem_get_info(self.x.device)[0] > needed
 
 
 class _Branch:
@@ -190,7 +221,7 @@ class _Branch:
         count = len(places) + 2  # with the two markers
         self.model, self.places = model, places
         self.positions = context.block_positions(count)
-        self.attend = context.attend_beside(model.kernel, count)
+        self.sight = context.attend_beside(model.kernel, count)
         self.forecast = TaylorForecast() if step_cache else None
         self.newest: Tensor | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,24 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class Joined(NamedTuple):
+    """Weights [outputs, inputs] of layers over one input, one behind the other, and their biases.
+
+    `scale` float32 [outputs]: the weights are FP8 numbers, to be multiplied by it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None = None
+
+
 def linears(x: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
     """What each of the layers makes of x: as one product where `join` has laid their weights out for it."""
     joined = getattr(layers[0], "joined", None)
     if joined is None:
         return tuple(layer(x) for layer in layers)
-    return F.linear(x, *joined).split([layer.out_features for layer in layers], dim=-1)
+    made = F.linear(x, joined.weight, joined.bias) if joined.scale is None else _fp8_product(x, joined)
+    return made.split([layer.out_features for layer in layers], dim=-1) if len(layers) > 1 else (made,)
 
 
 def join(layers: list[nn.Linear], device: torch.device, dtype: torch.dtype) -> None:
@@ -38,13 +51,53 @@ def join(layers: list[nn.Linear], device: torch.device, dtype: torch.dtype) -> N
 
     Every layer keeps its name and its own weight, a view of the whole. Not for training, and no `.to` afterwards.
     """
+    count = sum(layer.out_features for layer in layers)
+    weight = torch.empty(count, layers[0].in_features, device=device, dtype=dtype)
+    bias = None if layers[0].bias is None else torch.empty(count, device=device, dtype=dtype)
+    _share(layers, Joined(weight, bias))
+
+
+def round_to_fp8(layers: list[nn.Linear]) -> None:
+    """Round joined weights to FP8 (e4m3), each row scaled so that its largest weight is the format's largest."""
+    weight, bias, _ = layers[0].joined
+    scale = weight.abs().amax(1).float().clamp(min=1e-12) / _FP8_MOST
+    _share(layers, Joined((weight.float() / scale[:, None]).to(torch.float8_e4m3fn), bias, scale))
+
+
+def _share(layers: list[nn.Linear], joined: Joined) -> None:
+    """Every layer's weight and bias become views of the joined ones."""
+    layers[0].joined = joined
     sizes = [layer.out_features for layer in layers]
-    weight = torch.empty(sum(sizes), layers[0].in_features, device=device, dtype=dtype)
-    bias = None if layers[0].bias is None else torch.empty(sum(sizes), device=device, dtype=dtype)
-    layers[0].joined = weight, bias
-    for name, whole in (("weight", weight), ("bias", bias)):
+    for name, whole in (("weight", joined.weight), ("bias", joined.bias)):
         for layer, part in zip(layers, [] if whole is None else whole.split(sizes), strict=False):
             setattr(layer, name, nn.Parameter(part, requires_grad=False))
+
+
+_FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def _fp8_product(x: Tensor, joined: Joined) -> Tensor:
+    """x [..., inputs] times FP8 weights; every row of x is scaled and rounded to FP8 as well, if it is not alone.
+
+    A card multiplies the rounded numbers, a processor computes the same product in float32. The time of a single row
+    is that of reading the weights, so rounding it would gain nothing.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) == 1:
+        weight = joined.weight.float() * joined.scale[:, None]
+        return F.linear(x, weight.to(x.dtype), joined.bias)
+    scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _FP8_MOST
+    made = scaled_product((rows.float() / scale).to(torch.float8_e4m3fn), scale, joined, x.dtype)
+    made = made if joined.bias is None else made + joined.bias
+    return made.view(*x.shape[:-1], -1)
+
+
+def scaled_product(rows: Tensor, scale: Tensor, joined: Joined, dtype: torch.dtype) -> Tensor:
+    """FP8 rows [n, inputs] with scales [n, 1] times FP8 weights, without bias: [n, outputs] of this type."""
+    if rows.is_cuda:
+        # Sums of 14 bits instead of 23 are far finer than the numbers that are summed.
+        return torch._scaled_mm(rows, joined.weight.T, scale, joined.scale[None], out_dtype=dtype, use_fast_accum=True)
+    return (rows.float() @ joined.weight.float().T * scale * joined.scale).to(dtype)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

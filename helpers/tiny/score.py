@@ -1,9 +1,9 @@
 """Scores of a tiny BAGEL on scenes that its training never saw, through the public verbs.
 
-`python -m helpers.tiny.score [--model tiny|FOLDER] [--samples 512] [--steps 50] [--only edits,frames] ...`
+`python -m helpers.tiny.score [--model tiny|FOLDER] [--weights fp8] [--samples 512] [--only edits,frames] ...`
 prints every row with what it is compared to, then a table, and writes one JSON file after each section:
 
-    settings    model, weights, samples, steps, batch, and what differs from the verbs' defaults
+    settings    model, weights, samples, steps, step_cache, batch, and what differs from the verbs' defaults
     seed        of test samples, of the pictures' noise and of posterior samples
     torch       version
     device      "cpu", or the card's name
@@ -99,6 +99,12 @@ class Scoring:
     batch: int = 32
     sheets: Path = Path()
     shown: int = 0
+    step_cache: str | None = None
+
+    @property
+    def flow(self) -> dict:
+        """Settings of every picture."""
+        return {"num_timesteps": self.steps, "step_cache": self.step_cache}
 
     def ask(self, verb: Callable, *columns: Sequence, **settings) -> list:
         """The results of a verb for all samples, in batches; sample i has the seed `seed + i`."""
@@ -247,7 +253,7 @@ def generate(scoring: Scoring) -> list[Row]:
 def _drawn(scoring: Scoring, sheet: str, prompts: Sequence[Prompt], **settings) -> tuple[list, list, list]:
     """Results of `generate`, whether each satisfies its prompt, and whether it satisfies the one before."""
     texts = [prompt.text for prompt in prompts]
-    results = scoring.ask(scoring.bagel.generate, texts, num_timesteps=scoring.steps, **settings)
+    results = scoring.ask(scoring.bagel.generate, texts, **scoring.flow, **settings)
     readings = scoring.judge(read, [result.image for result in results])
     hits, shuffled = (
         [prompt.satisfied(reading) for prompt, reading in zip(prompts, column, strict=True)]
@@ -309,7 +315,7 @@ def edits(scoring: Scoring) -> list[Row]:
 
 def _edited(scoring: Scoring, chosen: list[Edit], before: list[Image.Image], encoders: str) -> list[EditVerdict]:
     told = [edit.instruction for edit in chosen]
-    settings = {"num_timesteps": scoring.steps, "encoders": encoders}
+    settings = {**scoring.flow, "encoders": encoders}
     after = [result.image for result in scoring.ask(scoring.bagel.edit, before, told, **settings)]
     verdicts = scoring.judge(edit_verdict, chosen, after, before)
 
@@ -332,7 +338,7 @@ def frames(scoring: Scoring) -> list[Row]:
     total = GIVEN_FRAMES + PREDICTED_FRAMES
     chosen = moving.test_clips(scoring.samples, scoring.seed, total)
     given = [[to_picture(frame) for frame in film[:GIVEN_FRAMES]] for film in moving.draw_clips(chosen)]
-    settings = {"count": PREDICTED_FRAMES, "num_timesteps": scoring.steps, **FRAMES}
+    settings = {"count": PREDICTED_FRAMES, **scoring.flow, **FRAMES}
     films = [result.frames for result in scoring.ask(scoring.bagel.predict_frames, given, **settings)]
     guesses = {"last frame copied": moving.copy_last, "straight line": moving.straight_line}
     beside = {name: _guess_errors(chosen, guess, GIVEN_FRAMES) for name, guess in guesses.items()}
@@ -342,7 +348,7 @@ def frames(scoring: Scoring) -> list[Row]:
 
 def _prompted(scoring: Scoring) -> list[Row]:
     chosen = moving.test_clips(scoring.samples, scoring.seed, PROMPTED_FRAMES, prompted=True)
-    settings = {"count": PROMPTED_FRAMES, "num_timesteps": scoring.steps, **PROMPTED}
+    settings = {"count": PROMPTED_FRAMES, **scoring.flow, **PROMPTED}
 
     def from_text(prompts: list[str], **more) -> list:
         return scoring.bagel.predict_frames([], prompt=prompts, **more)
@@ -446,11 +452,12 @@ def new_readers() -> Executor:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns 1 if a section failed."""
     a = _parsed(arguments)
-    bagel = load_bagel(a.model, device=a.device)
+    bagel = load_bagel(a.model, weights=a.weights, device=a.device)
     device, dtype = bagel.model.device, str(bagel.model.dtype).removeprefix("torch.")
     batch = BATCH[device.type]
     settings = {
-        "model": Path(a.model).name, "weights": dtype, "samples": a.samples, "steps": a.steps, "batch": batch,
+        "model": Path(a.model).name, "weights": dtype if a.weights == "auto" else a.weights, "samples": a.samples,
+        "steps": a.steps, "step_cache": a.step_cache, "batch": batch,
         "max_new_tokens": MAX_NEW_TOKENS, "frames": FRAMES, "prompted frames": PROMPTED,
     }  # fmt: skip
     report = {
@@ -464,7 +471,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     a.out.parent.mkdir(parents=True, exist_ok=True)
     with new_readers() as readers:
-        scoring = Scoring(bagel, readers, a.samples, a.steps, a.seed, batch, a.out.parent, a.save_pictures)
+        scoring = Scoring(
+            bagel, readers, a.samples, a.steps, a.seed, batch, a.out.parent, a.save_pictures, a.step_cache
+        )
         for name in a.only:
             run_section(scoring, name, report)
             a.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -478,6 +487,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default="tiny", help="tiny, or the folder of a checkpoint that was trained on this world")
     add("--samples", type=_at_least(1), default=512, help="samples of each test")
     add("--steps", type=_at_least(2), default=50, help="num_timesteps of every picture")
+    add("--weights", default="auto", help="auto, or a weight format of load_bagel")
+    add("--step-cache", choices=["taylorseer"], help="make pictures with the step cache")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("scores.json"), help="the file to write")
