@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from .bagel.layers import KERNELS
+from .memory import current
 
 # Weight formats and, for each kind of device, the type that activations have with them.
 WEIGHTS = {
@@ -110,7 +111,8 @@ def _check_weights(weights: str, device: torch.device) -> None:
 def _attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if device.type == "cpu":
         return "sdpa", "PyTorch's own attention runs on every device"
-    times = attention_times(device, dtype)
+    with current(device):
+        times = attention_times(device, dtype)
     told = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in times.items())
     return min(times, key=times.get), f"it was the fastest here ({told})"
 

@@ -6,6 +6,7 @@ import gc
 import re
 import subprocess
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -28,13 +29,14 @@ def check_room(needed: int, weights: str, device: torch.device) -> None:
 
 
 def explained(work: Callable[[], Result], device: torch.device) -> Result:
-    """What `work` returns; memory of a card that it left unused goes back.
+    """What `work` returns, done with `device` as the current card; memory that it left unused there goes back.
 
-    Raises MemoryError, with the sizes and the cure, where PyTorch ran out of memory.
-    It is raised without the error that it explains, whose traceback would keep the tensors of the call alive.
+    Raises MemoryError, with the sizes and the cure, where PyTorch ran out of memory. It is raised without the error
+    that it explains, whose traceback would keep the tensors of the call alive.
     """
     try:
-        made = work()
+        with current(device):
+            made = work()
         _give_back(device)  # what recorded work took, nothing else can use
         return made
     except RuntimeError as error:
@@ -48,6 +50,11 @@ def explained(work: Callable[[], Result], device: torch.device) -> Result:
         f"{_in_words(device)}: ask for a smaller picture (height, width), fewer samples at once or fewer new tokens, "
         "or end other processes."
     )
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Within it, kernels that are started without naming a card run on this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _give_back(device: torch.device) -> None:
