@@ -456,10 +456,14 @@ def _plan(parts: Parts, inputs, make, think, writing: Writing, drawing: Drawing 
     # Before buffers are made for them: a text that is far too long would otherwise run out of memory.
     check_length(max(map(sum, zip(*widths, strict=True))), longest)
     tokens = sum(map(max, widths))
-    for kind in make:
-        limit = writing.limit if kind == "text" else _thought_limit(drawing) if think else 0
+    for number, kind in enumerate(make, start=1):
+        kept = number < len(make)  # the last result is not appended
         # A written text is encoded again when it is appended: a byte that is no UTF-8 becomes up to three tokens.
-        tokens += 3 * limit + 2 + (block_tokens(config, size, True) if kind == "image" else 0)
+        if kind == "text":
+            tokens += 3 * writing.limit + 2 if kept else writing.limit
+        else:
+            tokens += 3 * _thought_limit(drawing) + 2 if think else 0
+            tokens += block_tokens(config, size, True) if kept else 0
     guided = drawn and drawing.flow.cfg_text_scale > 1 and drawing.flow.cfg_img_scale > 1
     return Plan(
         batch=batch,

@@ -312,3 +312,13 @@ def test_pictures_of_16_bits_keep_their_greys(tmp_path):
 def test_thoughts_are_split():
     assert split_thought("<think> two\nlines </think> blue") == ("two\nlines", "blue")
     assert split_thought("<think> never closed") == (None, "<think> never closed")
+
+
+def test_no_room_is_kept_for_a_last_result(bagel, monkeypatch):
+    """It is not appended: a picture from text needs its block and the text's tokens, an answer one slot a token."""
+    asked, new_context = [], Bagel.new_context
+    monkeypatch.setattr(Bagel, "new_context", lambda *inputs: asked.append(inputs[2:]) or new_context(*inputs))
+    words = len(bagel.codec.encode("the red cat"))
+    bagel.generate("the red cat", height=64, width=32, num_timesteps=2)
+    bagel.understand(None, "the red cat", max_new_tokens=7)
+    assert asked == [(words, 4 * 2 + 2), (words + 7, 0)]
