@@ -51,8 +51,8 @@ def choose(device: str, weights: str, attention: str) -> Choices:
     _check_attention(attention, chosen, weights)
     lacking = _lacking_for_kernels(chosen)
     if chosen.type == "cuda":
-        slower, faster = f"plain layers, slower, because {lacking}", "kernels that the first calls compile for seconds"
-        reasons.append(slower if lacking else faster)
+        slower = f"plain layers, slower, because {lacking}"
+        reasons.append(slower if lacking else "own kernels, which the first calls compile for some seconds")
     return Choices(chosen, weights, attention, not lacking, "; ".join(reasons) or "as asked")
 
 
