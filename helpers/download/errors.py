@@ -24,8 +24,8 @@ class DownloadError(RuntimeError):
     """A download that did not end well. The message names the files and the cure; what was right is kept."""
 
 
-class ShortAnswerError(ConnectionError):
-    """An answer with fewer or more bytes than were asked for."""
+class WrongAnswerError(Exception):
+    """An answer with fewer, more or other bytes than were asked for, or twice with wrong ones."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Patience:
 
     def pause(self, failures: int, error: Exception) -> float | None:
         """Seconds until the next try after so many failures in a row; None where there is no use in another."""
-        if failures > self.retries or not _passes(error):
+        # A wrong answer comes from something in between that may forget it, and seldom does.
+        most = min(self.retries, 2) if isinstance(error, WrongAnswerError) else self.retries
+        if failures > most or not _passes(error):
             return None
         asked = _asked_pause(error)
         if asked is not None:
@@ -53,7 +55,7 @@ def _passes(error: Exception) -> bool:
     """Whether it may be gone after a while: a busy or broken server, a lost connection."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code in (408, 429)
-    return isinstance(error, (HTTPError, ShortAnswerError))
+    return isinstance(error, (HTTPError, WrongAnswerError))
 
 
 def _asked_pause(error: Exception) -> float | None:
@@ -109,7 +111,9 @@ def ran_out(folder: object, error: OSError) -> DownloadError:
 
 def said(error: Exception) -> str:
     """An error in one line."""
-    return _status(error) if isinstance(error, HfHubHTTPError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, HfHubHTTPError):
+        return f"the server answers {_status(error)}"
+    return str(error) if isinstance(error, WrongAnswerError) else f"{type(error).__name__}: {error}"
 
 
 def _status(error: HfHubHTTPError) -> str:

@@ -13,22 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
-from .errors import ShortAnswerError
+from .errors import WrongAnswerError
 from .remote import RemoteFile
 
-PIECE = 256 * 2**20  # bytes: seconds to minutes of one connection
 _STEP = 4 * 2**20  # bytes after which the count on the disk is renewed: what a killed process loses of each piece
 
 
 class PartFile:
     """The unfinished form of one remote file in a folder; continues what an earlier process left."""
 
-    def __init__(self, target: Path, remote: RemoteFile, piece: int = PIECE) -> None:
+    PIECE = 256 * 2**20  # bytes: seconds to minutes of one connection
+
+    def __init__(self, target: Path, remote: RemoteFile) -> None:
         self.target, self.remote = target, remote
         self.path = target.with_name(f"{target.name}.part")
         self.journal = target.with_name(f"{target.name}.part.json")
-        self.lengths = [min(piece, remote.bytes - start) for start in range(0, remote.bytes, piece)]
-        self._identity = {"checksum": remote.checksum, "bytes": remote.bytes, "piece": piece}
+        self.lengths = [min(self.PIECE, remote.bytes - start) for start in range(0, remote.bytes, self.PIECE)]
+        self._identity = {"checksum": remote.checksum, "bytes": remote.bytes, "piece": self.PIECE}
         self._lock = Lock()
         self.done = self._remembered()
 
@@ -77,7 +78,7 @@ class PartFile:
 
     @contextmanager
     def writer(self, index: int) -> Iterator[Callable[[bytes], None]]:
-        """A function that appends to a piece. It raises ShortAnswerError for more bytes than the piece has."""
+        """A function that appends to a piece. It raises WrongAnswerError for more bytes than the piece has."""
         saved = self.done[index]
         with self.path.open("r+b") as file:
             file.seek(self.start(index) + saved)
@@ -85,7 +86,7 @@ class PartFile:
             def write(data: bytes) -> None:
                 nonlocal saved
                 if self.done[index] + len(data) > self.lengths[index]:
-                    raise ShortAnswerError("the server sends more bytes than it was asked for")
+                    raise WrongAnswerError("the server sends more bytes than it was asked for")
                 file.write(data)
                 self.done[index] += len(data)
                 if self.done[index] - saved >= _STEP:

@@ -7,15 +7,15 @@ others; a lost network or a full disk stops all.
 from __future__ import annotations
 
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from threading import Event
+from dataclasses import dataclass, field
+from threading import Event, Lock
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from ..display import ByteProgress
-from .errors import Patience, ShortAnswerError, said
+from .errors import Patience, WrongAnswerError, said
 from .parts import PartFile
 from .remote import Snapshot
 from .verification import checksum_fault
@@ -27,18 +27,15 @@ class _StoppedError(Exception):
     """The transfer, or that of this file, has ended: the thread leaves."""
 
 
-class _DamagedError(Exception):
-    """A file came whole twice, and wrong twice."""
-
-
 @dataclass
 class _File:
-    """A file and what is being done about it: how many tasks, whether it came damaged, whether it is finished."""
+    """A file and what is being done about it: tasks under way, whether it came damaged, whether to fetch it again."""
 
     part: PartFile
     tasks: int = 0
     came_damaged: bool = False
-    finished: bool = False
+    again: bool = False
+    lock: Lock = field(default_factory=Lock)
 
 
 class Transfer:
@@ -74,24 +71,33 @@ class Transfer:
         return self.faults
 
     def _hand_out(self, pool: ThreadPoolExecutor, file: _File) -> None:
-        """Make tasks of the pieces that a file lacks, or of its verification when it lacks none."""
+        """Make tasks of the pieces that a file lacks, or of its verification alone when it lacks none."""
         file.part.prepare()
         pieces = file.part.missing()
-        tasks = [pool.submit(self._fetch, file.part, piece) for piece in pieces] or [pool.submit(self._settle, file)]
-        file.tasks = len(tasks)
+        file.tasks = max(1, len(pieces))
+        tasks = [pool.submit(self._do, file, piece) for piece in pieces] or [pool.submit(self._do, file)]
         self._work |= dict.fromkeys(tasks, file)
 
     def _ended(self, pool: ThreadPoolExecutor, task: Future) -> None:
-        """Take a finished task; after a file's last one comes what is next for it."""
-        file = self._work.pop(task)
-        file.tasks -= 1
-        error = task.exception()
-        if isinstance(error, (HfHubHTTPError, ShortAnswerError, _DamagedError)):
+        """Take a finished task: note a fault, or begin anew with a file that came damaged."""
+        file, error = self._work.pop(task), task.exception()
+        if isinstance(error, (HfHubHTTPError, WrongAnswerError)):
             self.faults.setdefault(file.part.remote.name, said(error))
         elif error is not None and not isinstance(error, _StoppedError):
             raise error
-        elif not file.tasks and not file.finished and file.part.remote.name not in self.faults:
+        elif file.again:
+            file.again = False
             self._hand_out(pool, file)
+
+    def _do(self, file: _File, piece: int | None = None) -> None:
+        """One task: a piece; and after the last of a file its verification, before pieces of others are begun."""
+        if piece is not None:
+            self._fetch(file.part, piece)
+        with file.lock:
+            file.tasks -= 1
+            last = file.tasks == 0
+        if last:
+            self._settle(file)
 
     def _fetch(self, part: PartFile, piece: int) -> None:
         """One piece, to its end: failures in a row without a byte are counted and waited for."""
@@ -101,7 +107,7 @@ class Transfer:
             try:
                 self._stream(part, piece)
                 self.bar.note = ""
-            except (HTTPError, ShortAnswerError) as error:
+            except (HTTPError, WrongAnswerError) as error:
                 failures = 1 if part.done[piece] > before else failures + 1
                 pause = self.patience.pause(failures, error)
                 if pause is None:
@@ -126,17 +132,17 @@ class Transfer:
                     write(data)
                     self.bar(len(data))
         if part.done[piece] < part.lengths[piece]:
-            raise ShortAnswerError(f"the answer ended {part.lengths[piece] - part.done[piece]:,} bytes too early")
+            raise WrongAnswerError(f"the answer ended {part.lengths[piece] - part.done[piece]:,} bytes too early")
 
     def _check(self, answer, part: PartFile, piece: int, first: int | None) -> None:
         """Whether the answer is what was asked for: the file's bytes from `first` on (None: the whole file)."""
         if answer.status_code == 416:
-            raise ShortAnswerError(f"the server's file is shorter than the {part.remote.bytes:,} bytes of its list")
+            raise WrongAnswerError(f"the server's file is shorter than the {part.remote.bytes:,} bytes of its list")
         hf_raise_for_status(answer)
         if first is None or answer.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
             return
         if answer.status_code != 200 or len(part.lengths) > 1:
-            raise ShortAnswerError(f"the server was asked for the bytes from {first:,} on and sends others")
+            raise WrongAnswerError(f"the server was asked for the bytes from {first:,} on and sends others")
         # The whole file instead of its rest: it is taken from the start.
         self.bar.total += part.forget(piece)
 
@@ -148,11 +154,10 @@ class Transfer:
         self.bar.note = ""
         if not fault:
             part.finish()
-            file.finished = True
             return
         part.discard()
         if file.came_damaged:
-            raise _DamagedError(f"came damaged twice ({fault}): try again later, or from elsewhere with --mirror")
+            raise WrongAnswerError(f"came damaged twice ({fault}): try again later, or from elsewhere with --mirror")
         print(f"{part.remote.name} came damaged ({fault}): fetching it again", flush=True)
-        file.came_damaged = True
         self.bar.total += part.remote.bytes
+        file.came_damaged = file.again = True
