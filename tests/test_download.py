@@ -62,8 +62,16 @@ def start(server, folder, *words, **variables):
     """The command in a process of its own, with HF_ENDPOINT as a user sets it."""
     settings = {**os.environ, "HF_ENDPOINT": server.address, "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
     command = [sys.executable, "-m", "helpers", "download", "--repo", server.repository, "--to", str(folder), *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=settings, **pipes)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell without job control has what it starts in the background ignore the signal, tests and command alike.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_the_server_is_one_that_the_official_client_understands(server, tmp_path):
