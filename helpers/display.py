@@ -226,6 +226,10 @@ class ByteProgress(Progress):
         with self._lock:
             self.done += count
 
+    def say(self, text: str) -> None:
+        """Print a line of its own, in the place of the bar, which is drawn again below."""
+        print(f"\r{text:<{self._drawn}}" if sys.stdout.isatty() else text, flush=True)
+
     def draw(self) -> None:
         now = time.perf_counter()
         self._seen.append((now, self.done))

@@ -42,6 +42,7 @@ class HubServer(ThreadingHTTPServer):
         self.paths: list[str] = []
         self.tokens: set[tuple[str, str | None]] = set()
         self.without_range = False
+        self.without_checksums = False
 
     @property
     def address(self) -> str:
@@ -65,8 +66,11 @@ class HubServer(ThreadingHTTPServer):
     def describe(self) -> dict:
         siblings = []
         for name, content in self.listed.items():
-            one = {"rfilename": name, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
-            if len(content) >= LARGE:
+            one = {"rfilename": name, "size": len(content)}
+            if self.without_checksums:
+                pass
+            elif len(content) >= LARGE:
+                one["blobId"] = hashlib.sha1(b"a pointer to " + name.encode()).hexdigest()
                 one["lfs"] = {"sha256": self.etag(name), "size": len(content), "pointerSize": 134}
             else:
                 one["blobId"] = self.etag(name)
@@ -176,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         spoiled = self._spoiled(name, content) if self.command == "GET" else None
         if spoiled is True:
             return
-        content = spoiled or content
+        content = content if spoiled is None else spoiled
         self.send_response(status)
         for key, value in ({"Accept-Ranges": "bytes", "Content-Length": str(len(content))} | headers).items():
             self.send_header(key, value)

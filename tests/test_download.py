@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def same_as_served(server, folder, names=None):
 
 def start(server, folder, *words, **variables):
     """The command in a process of its own, with HF_ENDPOINT as a user sets it."""
-    settings = {**os.environ, "HF_ENDPOINT": server.address, "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
+    # A hanging connection is not to end by itself: what a killed process kept must have been kept before.
+    settings = {**os.environ, "HF_ENDPOINT": server.address, "HF_HUB_DOWNLOAD_TIMEOUT": "60", **variables}
     command = [sys.executable, "-m", "helpers", "download", "--repo", server.repository, "--to", str(folder), *words]
     return subprocess.Popen(
         command,
@@ -172,6 +174,32 @@ def test_an_interrupt_keeps_what_came(server, folder):
     assert there >= 8_000_000 and part.read_bytes()[:there] == server.files[EMA][:there]
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_interrupt_does_not_wait_for_a_checksum(server, fetch, folder, monkeypatch, finished):
+    """29 GB take a minute to read. Neither of a finished file nor of one that has just come."""
+    if finished:
+        fetch()
+    begun, read = threading.Event(), []
+
+    def endless(_path, _kind, count):
+        while len(read) < 500:
+            read.append(1)
+            begun.set()
+            time.sleep(0.01)
+            count(1)
+        return ""
+
+    def pressed(*_ignored):
+        if begun.is_set():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("helpers.download.verification._digest", endless)
+    monkeypatch.setattr("helpers.display.ByteProgress.draw", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(files=[EMA])
+    assert len(read) < 500
+
+
 def test_several_connections_share_a_file(server, fetch, folder, monkeypatch):
     monkeypatch.setattr(PartFile, "PIECE", 2**20)
     server.faults[EMA] = [cut(500_000), status(503), cut(0)]
@@ -249,6 +277,15 @@ def test_one_answer_of_a_wrong_length_is_outlived(server, fetch, folder, change)
     server.faults[EMA] = [length(change)]
     fetch()
     assert same_as_served(server, folder)
+    first, second = server.asked(EMA)
+    assert first is None and int(re.fullmatch(r"bytes=(\d+)-13627439", second)[1]) > 13_000_000
+
+
+def test_answers_without_a_byte_are_not_asked_for_forever(server, fetch, folder):
+    server.faults[EMA] = [length(-len(server.files[EMA]))] * 9
+    with pytest.raises(DownloadError, match=rf"{EMA}: the answer ended 13,627,440 bytes too early"):
+        fetch()
+    assert len(server.asked(EMA)) == 3 and same_as_served_apart_from(server, folder, EMA)
 
 
 def test_a_busy_server_is_given_the_time_it_asks_for(server, fetch, folder, monkeypatch):
@@ -352,12 +389,19 @@ def test_a_disk_that_fills_up_in_the_middle_stops_and_keeps(server, fetch, folde
 def test_a_small_disk_really_runs_full(server, folder):
     """The same with a disk of 8 MB, told beforehand that it were larger."""
     folder.mkdir()
-    program = "import sys; from helpers.download import fetching, command; fetching.free_bytes = lambda folder: 10**9; "
-    program += (
-        f"sys.exit(command.main(['--repo', '{server.repository}', '--to', '{folder}', '--mirror', '{server.address}']))"
+    words = ["--repo", server.repository, "--to", str(folder), "--mirror", server.address, "--max-workers", "1"]
+    program = f"""
+import sys
+from helpers.download import command, fetching
+fetching.free_bytes = lambda folder: 10**9
+sys.exit(command.main({words}))
+"""
+    (folder.parent / "run.py").write_text(program)
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = (
+        f"mount -t tmpfs -o size=8m tmpfs {folder} && {sys.executable} {folder.parent}/run.py; echo rc=$?; ls {folder}"
     )
-    script = f'mount -t tmpfs -o size=8m tmpfs {folder} && {sys.executable} -c "{program}"; echo rc=$?; ls {folder}'
-    ran = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(["unshare", "-rm", "sh", "-c", script], env=settings, capture_output=True, text=True)
     if "mount:" in ran.stderr or "unshare:" in ran.stderr:
         pytest.skip("this machine lets nobody mount")
     assert "rc=1" in ran.stdout and "the disk is full" in ran.stderr and "Traceback" not in ran.stderr
@@ -454,6 +498,22 @@ def test_the_part_of_another_commit_is_not_continued(server, fetch, folder):
     server.listed[EMA] = server.files[EMA] = corrupt(5_000_000)(None, server.files[EMA])
     fetch()
     assert server.asked(EMA) == [None] and same_as_served(server, folder)
+
+
+def test_without_checksums_sizes_are_compared_and_nothing_is_continued(server, fetch, folder):
+    """Nobody could tell whether the two halves belong together."""
+    server.without_checksums = True
+    server.faults[EMA] = [cut(5_000_000), *[status(403)] * 9]
+    with pytest.raises(DownloadError):
+        fetch()
+    server.faults.clear()
+    server.log.clear()
+    result = fetch()
+    assert server.asked(EMA) == [None] and same_as_served(server, folder)
+    compared = {file.name: file.by for file in result.files}
+    assert compared[EMA] == ("size", "header") and compared["vocab.json"] == ("size", "JSON")
+    (folder / "merges.txt").write_bytes(server.files["merges.txt"] + b"x")
+    assert verify(folder).faults == {"merges.txt": "3,341 bytes instead of 3,340"}
 
 
 def test_a_spoiled_count_is_not_believed(server, fetch, folder):

@@ -127,12 +127,18 @@ class Transfer:
             self._check(answer, part, piece, first if asked else None)
             with part.writer(piece) as write:
                 for data in answer.iter_bytes():
-                    if self._stop.is_set() or name in self.faults:
+                    self._go_on()
+                    if name in self.faults:
                         raise _StoppedError
                     write(data)
                     self.bar(len(data))
         if part.done[piece] < part.lengths[piece]:
             raise WrongAnswerError(f"the answer ended {part.lengths[piece] - part.done[piece]:,} bytes too early")
+
+    def _go_on(self, _read: int = 0) -> None:
+        """Leave the thread if the transfer has ended."""
+        if self._stop.is_set():
+            raise _StoppedError
 
     def _check(self, answer, part: PartFile, piece: int, first: int | None) -> None:
         """Whether the answer is what was asked for: the file's bytes from `first` on (None: the whole file)."""
@@ -150,7 +156,7 @@ class Transfer:
         """Verify a file that lacks nothing and give it its name; if it is wrong, drop what came."""
         part = file.part
         self.bar.note = f", checking {part.remote.name}"
-        fault = checksum_fault(part.path, part.remote)
+        fault = checksum_fault(part.path, part.remote, self._go_on)
         self.bar.note = ""
         if not fault:
             part.finish()
@@ -158,6 +164,6 @@ class Transfer:
         part.discard()
         if file.came_damaged:
             raise WrongAnswerError(f"came damaged twice ({fault}): try again later, or from elsewhere with --mirror")
-        print(f"{part.remote.name} came damaged ({fault}): fetching it again", flush=True)
+        self.bar.say(f"{part.remote.name} came damaged ({fault}): fetching it again")
         self.bar.total += part.remote.bytes
         file.came_damaged = file.again = True

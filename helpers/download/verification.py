@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from ..display import ByteProgress, size
 from ..hub import OFFICIAL_FILES, OFFICIAL_MODEL, manifest, read_header
@@ -96,15 +97,29 @@ def _expected(folder: Path, repository: str) -> list[str]:
 def check_files(folder: Path, remote: Sequence[RemoteFile], repository: str) -> tuple[CheckedFile, ...]:
     """All files in full, several at a time; a bar where checksums are computed."""
     total = sum(file.bytes for file in remote if file.checksum and (folder / file.name).is_file())
-    bar = ByteProgress(total, "checked")
+    bar, stop = ByteProgress(total, "checked"), Event()
+
+    def count(read: int) -> None:
+        if stop.is_set():
+            raise InterruptedError
+        bar(read)
+
     with ThreadPoolExecutor(4) as pool, bar if total else nullcontext():
-        tasks = [pool.submit(_check, folder / file.name, file, repository, bar) for file in remote]
-        waiting = set(tasks)
-        while waiting:
-            _, waiting = wait(waiting, _TICK)
-            if total:
-                bar.draw()
+        tasks = [pool.submit(_check, folder / file.name, file, repository, count) for file in remote]
+        try:
+            _draw_until_done(tasks, bar if total else None)
+        except BaseException:
+            stop.set()  # or an interrupt would wait until the last byte has been read
+            raise
     return tuple(task.result() for task in tasks)
+
+
+def _draw_until_done(tasks: Sequence[Future], bar: ByteProgress | None) -> None:
+    waiting = set(tasks)
+    while waiting:
+        _, waiting = wait(waiting, _TICK)
+        if bar:
+            bar.draw()
 
 
 def _check(path: Path, remote: RemoteFile, repository: str, count: Callable[[int], None]) -> CheckedFile:
