@@ -9,6 +9,7 @@ stays well under 1.5 MB: a sheet is one PNG, pictures smaller than their place a
 import base64
 import io
 import os
+import shutil
 import sys
 import threading
 import time
@@ -191,7 +192,8 @@ class Progress:
         filled = min(20, round(20 * self.done / max(self.total, 1)))
         line = f"{self.label} [{'#' * filled}{'.' * (20 - filled)}] {self._state()}"
         if sys.stdout.isatty():
-            # A line that got shorter must cover the whole of the last one.
+            # One that is wider than the terminal could not be drawn over, one that got shorter must cover the last.
+            line = line[: shutil.get_terminal_size().columns - 1]
             print(f"\r{line:<{self._drawn}}", end="", flush=True)
             self._drawn = len(line)
         elif "JPY_SESSION_NAME" in os.environ:  # set by a notebook server for the kernels it starts, by nothing else

@@ -125,6 +125,15 @@ def test_a_shorter_line_covers_the_last_one(capsys, monkeypatch):
     assert len(last[0]) == len(last[1]) and "note" not in last[1]
 
 
+def test_a_line_is_no_wider_than_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    with ByteProgress(1000, "x") as bar:
+        bar.note = ", " + "a long note" * 9
+        bar.draw()
+        assert max(map(len, capsys.readouterr().out.split("\r"))) == 49
+
+
 @pytest.mark.parametrize(
     ("count", "said"),
     [(0, "0 B"), (385, "385 B"), (13_627_440, "13.6 MB"), (29_549_798_988, "29.5 GB"), (2e12, "2000.0 GB")],
