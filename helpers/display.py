@@ -9,8 +9,11 @@ stays well under 1.5 MB: a sheet is one PNG, pictures smaller than their place a
 import base64
 import io
 import os
+import shutil
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -159,6 +162,7 @@ class Progress:
     def __init__(self, total: int, label: str) -> None:
         self.total, self.label, self.done = total, label, 0
         self._start = time.perf_counter()
+        self._drawn = 0
         self._handle = None
 
     def __enter__(self) -> "Progress":
@@ -171,19 +175,27 @@ class Progress:
 
     def __exit__(self, kind, _value, _traceback) -> None:
         seconds = time.perf_counter() - self._start
-        end = "" if kind is None else f" of {self.total}, stopped by {kind.__name__}"
-        summary = f"{self.label}: {self.done} steps{end} in {seconds:.1f} s"
+        summary = self._summary(seconds, "" if kind is None else f", stopped by {kind.__name__}")
         if self._handle is not None:
             self._handle.update({"text/plain": summary}, raw=True)
         else:
-            print(("\r" if sys.stdout.isatty() else "") + summary, flush=True)
+            print(f"\r{summary:<{self._drawn}}" if sys.stdout.isatty() else summary, flush=True)
+
+    def _summary(self, seconds: float, end: str) -> str:
+        return f"{self.label}: {self.done} steps{end and f' of {self.total}{end}'} in {seconds:.1f} s"
+
+    def _state(self) -> str:
+        return f"{self.done}/{self.total}"
 
     def _show(self) -> None:
         """Draw the bar where it can be drawn over: on a terminal, or in a live notebook's output."""
-        filled = round(20 * self.done / max(self.total, 1))
-        line = f"{self.label} [{'#' * filled}{'.' * (20 - filled)}] {self.done}/{self.total}"
+        filled = min(20, round(20 * self.done / max(self.total, 1)))
+        line = f"{self.label} [{'#' * filled}{'.' * (20 - filled)}] {self._state()}"
         if sys.stdout.isatty():
-            print("\r" + line, end="", flush=True)
+            # One that is wider than the terminal could not be drawn over, one that got shorter must cover the last.
+            line = line[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{line:<{self._drawn}}", end="", flush=True)
+            self._drawn = len(line)
         elif "JPY_SESSION_NAME" in os.environ:  # set by a notebook server for the kernels it starts, by nothing else
             from IPython.display import display
 
@@ -196,6 +208,55 @@ class Progress:
 def progress(total: int, label: str) -> Progress:
     """A progress bar: `with progress(49, "denoising") as step: bagel.generate(prompt, on_step=step)`."""
     return Progress(total, label)
+
+
+class ByteProgress(Progress):
+    """The same for `total` bytes, with the rate: calling it with a number counts so many bytes, from any thread.
+
+    It draws only when the thread that owns it calls `draw`, as often as it likes.
+    """
+
+    _WINDOW = 10.0  # seconds over which the shown rate is measured
+
+    def __init__(self, total: int, label: str) -> None:
+        super().__init__(total, label)
+        self.note = ""  # what is shown behind the numbers
+        self._lock = threading.Lock()
+        self._seen = deque([(self._start, 0)])
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, in the place of the bar, which is drawn again below."""
+        print(f"\r{text:<{self._drawn}}" if sys.stdout.isatty() else text, flush=True)
+
+    def draw(self) -> None:
+        now = time.perf_counter()
+        self._seen.append((now, self.done))
+        while len(self._seen) > 2 and now - self._seen[0][0] > self._WINDOW:
+            self._seen.popleft()
+        self._show()
+
+    def _summary(self, seconds: float, end: str) -> str:
+        part = end and f" of {size(self.total)}{end}"
+        return f"{self.label}: {size(self.done)}{part} in {seconds:.1f} s ({size(self.done / max(seconds, 1e-3))}/s)"
+
+    def _state(self) -> str:
+        (before, had), (now, have) = self._seen[0], self._seen[-1]
+        rate = (have - had) / max(now - before, 1e-3)
+        left = f", {(self.total - self.done) / rate / 60:.0f} min left" if rate > 0 else ""
+        return f"{size(self.done)} of {size(self.total)}, {size(rate)}/s{left}{self.note}"
+
+
+def size(count: float) -> str:
+    """Bytes as people read them, in steps of 1000: "29.6 GB", "13.6 MB", "385 B"."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
 
 
 def versions() -> str:

@@ -1,9 +1,10 @@
-"""Where the weights are: the official files, what a folder holds of them, and the command that fetches the
-rest.
+"""Where the weights are: the repositories, the official files, what a folder holds of them, and the command that
+fetches the rest (`helpers.download`).
 """
 
 import json
 import math
+import shlex
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from helpers.hardware import AUTODL_DATA
 from helpers.workbook import anchor, repository
 
 OFFICIAL_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
+# Short name -> repository.
+REPOSITORIES = {"bagel": OFFICIAL_MODEL, "df11": "DFloat11/BAGEL-7B-MoT-DF11"}
 MIRROR = "https://hf-mirror.com"
 # Models that come from no file: the released and the tiny one's sizes with random weights.
 RANDOM = ("random-7b", "random-tiny")
@@ -85,20 +88,23 @@ def where(model: str = "") -> Path | None:
     return next((place for place in places if (place / "ema.safetensors").is_file()), None)
 
 
-def usual_places() -> list[Path]:
-    """Where the official folder is looked for: AutoDL's data disk, then beside the repository."""
-    name = OFFICIAL_MODEL.partition("/")[2]
-    return [AUTODL_DATA / name, repository().parent / name]
+def usual_places(name: str = OFFICIAL_MODEL) -> list[Path]:
+    """Where the folder of a repository is looked for: AutoDL's data disk, then beside the workbook."""
+    folder = name.rpartition("/")[2]
+    return [AUTODL_DATA / folder, repository().parent / folder]
+
+
+def proposed_place(name: str = OFFICIAL_MODEL) -> Path:
+    """Where a repository should be downloaded to: the first of the usual places whose disk is here."""
+    return next(place for place in usual_places(name) if place.parent.is_dir())
 
 
 def fetch_command(folder: Path | str, mirror: bool = False) -> str:
-    """The shell command that downloads the official folder, resuming where it stopped.
+    """The shell command that downloads the official folder and verifies it, going on where it stopped.
 
-    With `mirror` the two variables that point at hf-mirror.com come first (without the second, large files
-    leave it).
+    With `mirror` it asks hf-mirror.com instead of Hugging Face.
     """
-    variables = f"HF_ENDPOINT={MIRROR} HF_HUB_DISABLE_XET=1 " if mirror else ""
-    return f"{variables}hf download {OFFICIAL_MODEL} --local-dir {folder}"
+    return f"python -m helpers download --to {shlex.quote(str(folder))}{' --mirror' if mirror else ''}"
 
 
 def bytes_missing(found: list[FoundFile]) -> int:
@@ -125,12 +131,19 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 0 < length <= path.stat().st_size - 8:
-            raise ValueError(
-                f"{path.name} ({path.stat().st_size} bytes) has no whole safetensors header: fetch it again"
-            )
-        tensors = json.loads(file.read(length))
-    tensors.pop("__metadata__", None)
-    return tensors, 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            raise _headless(path)
+        header = file.read(length)
+    try:
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        return tensors, 8 + length + end
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _headless(path) from error
+
+
+def _headless(path: Path) -> ValueError:
+    return ValueError(f"{path.name} ({path.stat().st_size} bytes) has no whole safetensors header: fetch it again")
 
 
 def shapes(folder: Path | str) -> dict[str, tuple[int, ...]]:
@@ -148,8 +161,15 @@ def shapes(folder: Path | str) -> dict[str, tuple[int, ...]]:
 
 def official_shapes() -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in the released model's two weight files, from the lists in `tests/reference`."""
-    files = [repository() / "tests" / "reference" / f"manifest_{name}.json" for name in ("ema", "ae")]
-    return {name: tuple(shape) for file in files for name, shape in json.loads(file.read_text()).items()}
+    return manifest("ema.safetensors") | manifest("ae.safetensors")
+
+
+def manifest(name: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in one of the released model's weight files; empty for any other file."""
+    file = repository() / "tests" / "reference" / f"manifest_{name.removesuffix('.safetensors')}.json"
+    if name not in ("ema.safetensors", "ae.safetensors"):
+        return {}
+    return {tensor: tuple(shape) for tensor, shape in json.loads(file.read_text()).items()}
 
 
 def parameters_by_part(tensors: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -10,6 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
+# huggingface_hub reads it when it is imported, and would ask the real hub which programs to name in its requests.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
 SEVEN = [
     "00_setup",

@@ -3,11 +3,12 @@
 import base64
 import io
 import re
+import threading
 
 import pytest
 from PIL import Image
 
-from helpers.display import animation, difference, grid, progress, strip, table, versions
+from helpers.display import ByteProgress, animation, difference, grid, progress, size, strip, table, versions
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -88,6 +89,57 @@ def test_the_bar_prints_one_line_where_nobody_watches(capsys, monkeypatch):
         for number in range(3):
             step(number, 0.5, None)
     assert re.fullmatch(r"denoising: 3 steps in \d+\.\d s\n", capsys.readouterr().out)
+
+
+def test_a_bar_of_bytes_counts_from_any_thread_and_says_the_rate(capsys, monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    with ByteProgress(16_000_000, "fetched") as bar:
+        threads = [threading.Thread(target=lambda: [bar(1000) for _ in range(4000)]) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        bar.draw()
+    assert bar.done == 16_000_000
+    assert re.fullmatch(r"fetched: 16\.0 MB in \d+\.\d s \(\d+\.\d [kMG]B/s\)\n", capsys.readouterr().out)
+
+
+def test_a_bar_of_bytes_shows_what_is_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    bar = ByteProgress(50_000_000_000, "fetched")
+    for _ in range(30):  # a second each: first 1 GB, then 100 MB
+        now[0] += 1
+        bar(10**9 if now[0] <= 115 else 10**8)
+        bar.draw()
+    bar.note = ", checking a"
+    assert bar._state() == "16.5 GB of 50.0 GB, 100.0 MB/s, 6 min left, checking a"
+
+
+def test_a_shorter_line_covers_the_last_one(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with ByteProgress(1000, "x") as bar:
+        bar.note = ", a long note that goes away"
+        bar.draw()
+        bar.note = ""
+        bar.draw()
+        last = capsys.readouterr().out.split("\r")[-2:]
+    assert len(last[0]) == len(last[1]) and "note" not in last[1]
+
+
+def test_a_line_is_no_wider_than_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    with ByteProgress(1000, "x") as bar:
+        bar.note = ", " + "a long note" * 9
+        bar.draw()
+        assert max(map(len, capsys.readouterr().out.split("\r"))) == 49
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "0 B"), (385, "385 B"), (13_627_440, "13.6 MB"), (29_549_798_988, "29.5 GB"), (2e12, "2000.0 GB")],
+)
+def test_sizes_are_those_of_steps_of_1000(count, said):
+    assert size(count) == said
 
 
 def test_the_bar_says_where_an_error_stopped_it(capsys, monkeypatch):

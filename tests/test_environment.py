@@ -30,7 +30,7 @@ TEXT = (ROOT / "environment.yml").read_text()
 
 
 def pip_name(name: str) -> str:
-    return {"pytorch": "torch"}.get(name, name).lower()
+    return {"pytorch": "torch"}.get(name, name).lower().replace("_", "-")
 
 
 def conda() -> dict[str, SpecifierSet]:
@@ -40,7 +40,7 @@ def conda() -> dict[str, SpecifierSet]:
     found = {}
     for line in yaml.safe_load(TEXT)["dependencies"]:
         if isinstance(line, str):
-            name, bounds, _build = re.fullmatch(r"([a-z0-9-]+)([<>=0-9.,]*?)(=\*cuda\*)?", line).groups()
+            name, bounds, _build = re.fullmatch(r"([a-z0-9_-]+)([<>=0-9.,]*?)(=\*cuda\*)?", line).groups()
             bounds = re.sub(r"^=(?=\d)", "==", bounds)
             found[pip_name(name)] = SpecifierSet(bounds + ".*" if bounds.startswith("==") else bounds)
     return found

@@ -1,11 +1,16 @@
 """What a folder holds of the official files, and the command that fetches them."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
 from helpers import hub
+from helpers.__main__ import main
+from helpers.download import command
 
 
 @pytest.fixture
@@ -42,10 +47,26 @@ def test_the_folder_of_a_model_is_found(folder, monkeypatch):
     assert hub.where() == folder
 
 
-def test_the_fetch_command_sets_both_mirror_variables():
-    assert hub.fetch_command("here") == "hf download ByteDance-Seed/BAGEL-7B-MoT --local-dir here"
-    mirrored = hub.fetch_command("here", mirror=True)
-    assert mirrored.startswith("HF_ENDPOINT=https://hf-mirror.com HF_HUB_DISABLE_XET=1 hf download")
+@pytest.mark.parametrize(("place", "mirror"), [("here", False), ("my models/here", True)])
+def test_the_fetch_command_is_one_that_the_command_understands(monkeypatch, place, mirror):
+    asked = {}
+    monkeypatch.setattr(command, "download", lambda *given, **named: asked.update(named, folder=given[1]))
+    monkeypatch.setattr(command, "_report", lambda result: 0)
+    words = shlex.split(hub.fetch_command(place, mirror))
+    assert words[:4] == ["python", "-m", "helpers", "download"] and main(words[3:]) == 0
+    assert asked == {"folder": Path(place).absolute(), "mirror": hub.MIRROR if mirror else None}
+
+
+def test_the_manifest_is_that_of_one_file():
+    assert [len(hub.manifest(name)) for name in ("ema.safetensors", "ae.safetensors", "config.json")] == [1223, 244, 0]
+
+
+@pytest.mark.parametrize("header", [b"[1]", b'{"a": 1}', b'{"a": {"data_offsets": []}}', b"\xff\xff"])
+def test_a_header_that_is_none_is_named(tmp_path, header):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="a.safetensors .* has no whole safetensors header: fetch it again"):
+        hub.read_header(file)
 
 
 def test_free_space_is_that_of_the_nearest_existing_folder(tmp_path):

@@ -10,7 +10,7 @@ import helpers
 
 HEAVY = ("torch", "transformers", "matplotlib", "papermill")
 LIGHT = ["helpers", "helpers.workbook", "helpers.parameters", "helpers.report", "helpers.display"]
-LIGHT += ["helpers.claims", "helpers.hardware", "helpers.hub"]
+LIGHT += ["helpers.claims", "helpers.hardware", "helpers.hub", "helpers.download"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

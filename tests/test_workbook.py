@@ -149,7 +149,7 @@ def test_main_says_what_was_wrong_before_anything_runs(make_notebook, tmp_path, 
     assert workbook.main(["run", "--params", str(tmp_path / "mine.yml"), "--out", str(out)]) == 2
     assert "nothing was run" in (said := capsys.readouterr().err) and "SEED" in said
     assert workbook.main(["run", "--model", "no/such/folder", "--out", str(out)]) == 2
-    assert "hf download" in capsys.readouterr().err
+    assert "python -m helpers download --to no/such/folder" in capsys.readouterr().err
     assert workbook.main(["run", "--model", str(tmp_path), "--out", str(out)]) == 2
     assert "no folder with ema.safetensors in it" in capsys.readouterr().err
     for section in ("common", "00_a"):
