@@ -164,11 +164,11 @@ class _Codes:
         self.pair_lengths = (self.lengths[None] + self.lengths[:, None]).ravel()
         self.end_length, self.end_bits = codes[END]
 
-    def end(self, total: int) -> tuple[int, int]:
-        """What fills the last byte after `total` bits: as much of the end mark's code as it takes, left-justified."""
+    def end(self, total: int) -> tuple[np.ndarray, np.ndarray]:
+        """What fills the last byte after `total` bits: as much of the end mark's code as it takes."""
         room = -total % 8
-        code = self.end_bits << (_BITS - self.end_length)
-        return room, code >> (_BITS - room) << (_BITS - room)
+        code = self.end_bits << (_BITS - self.end_length) >> (_BITS - room) << (_BITS - room)
+        return np.array([code], np.uint64), np.array([room], np.uint64)
 
 
 def _encode(exponents: np.ndarray, codes: Codes, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,19 +176,14 @@ def _encode(exponents: np.ndarray, codes: Codes, counts: np.ndarray) -> tuple[np
     table = _Codes(codes)
     total = int((counts * table.lengths.astype(np.int64)).sum())
     stream = _Stream(total)
-    for part in _parts(len(exponents)):
-        some = exponents[part]
-        pairs = some[: len(some) // 2 * 2].view("<u2")
+    for part in _parts(len(exponents) - 1):
+        pairs = exponents[part][: (part.stop - part.start) // 2 * 2].view("<u2")
         code, length = table.pairs[pairs], table.pair_lengths[pairs]
-        first = table.lengths[pairs & 255]
-        if part.stop == len(exponents):
-            # A last exponent alone, and the end mark.
-            room, end = table.end(total)
-            alone = some[2 * len(pairs) :]
-            code = np.concatenate([code, table.bits[alone], np.array([end] * (room > 0), np.uint64)])
-            length = np.concatenate([length, table.lengths[alone], np.array([room] * (room > 0), np.uint64)])
-            first = np.concatenate([first, length[len(first) :]])
-        stream.add(part.start, code, length.astype(np.int64), first.astype(np.int64))
+        stream.add(part.start + 2 * np.arange(len(pairs)), code, length, table.lengths[pairs & 255])
+    # The last one or two exponents alone: a pair's second code would be missed as the only one of a piece.
+    alone = exponents[(len(exponents) - 1) // 2 * 2 :]
+    stream.add(np.arange(len(exponents) - len(alone), len(exponents)), table.bits[alone], table.lengths[alone])
+    stream.add(np.array([len(exponents)]), *table.end(total))
     return stream.bytes(total), *stream.starts(total, len(exponents))
 
 
@@ -202,12 +197,14 @@ class _Stream:
         self.length, self.pieces = 0, 0
         self.last_second = -1  # where the second code of the last pair starts
 
-    def add(self, number: int, code: np.ndarray, length: np.ndarray, first: np.ndarray) -> None:
-        """Append pairs of codes, left-justified in 64 bits, of these lengths, int64; the number of the first code.
+    def add(self, number: np.ndarray, code: np.ndarray, length: np.ndarray, first: np.ndarray | int = 0) -> None:
+        """Append codes or pairs of them, left-justified in 64 bits, and the numbers of their weights.
 
-        `first`: lengths of the first codes of the pairs. Of a code alone it is the whole length, and its second code
-        the next pair's first.
+        `length` uint64: bits of each. `first` uint64: bits of a pair's first code, 0 for a code alone.
         """
+        if not length.any():
+            return
+        length = length.astype(np.int64)
         begin = self.length + np.cumsum(length) - length
         word, offset = begin >> 6, (begin & 63).astype(np.uint64)
         turns = np.flatnonzero(np.diff(word, prepend=-1))
@@ -216,19 +213,17 @@ class _Stream:
         # What of a word's last pair does not fit it.
         spill = np.where(offset[lasts] > 0, code[lasts] << (-offset[lasts] & np.uint64(63)), np.uint64(0))
         self.words[word[lasts] + 1] += spill
-        second = np.concatenate([[self.last_second], begin + first])
-        self._note_starts(number, turns[word[turns] >= self.pieces], word, begin, second)
-        self.length, self.last_second = int(begin[-1] + length[-1]), int(second[-1])
+        second = begin + np.asarray(first).astype(np.int64)
+        self._note_starts(turns[word[turns] >= self.pieces], number, begin, np.append(self.last_second, second))
+        self.length, self.pieces = int(begin[-1] + length[-1]), int(word[-1]) + 1
+        self.last_second = int(second[-1])
 
-    def _note_starts(
-        self, number: int, pairs: np.ndarray, word: np.ndarray, begin: np.ndarray, second: np.ndarray
-    ) -> None:
-        """A piece's first code is that of the first pair in it, or the second one of the pair before."""
-        pieces = word[pairs]
-        early = second[pairs] >= pieces * _BITS
-        self.gaps[pieces] = np.where(early, second[pairs], begin[pairs]) - pieces * _BITS
-        self.firsts[pieces] = number + 2 * pairs - early
-        self.pieces = int(word[-1]) + 1
+    def _note_starts(self, turns: np.ndarray, number: np.ndarray, begin: np.ndarray, second: np.ndarray) -> None:
+        """A piece's first code is that of the first pair that starts there, or the second one of the pair before."""
+        pieces = begin[turns] >> 6
+        early = second[turns] >= pieces * _BITS
+        self.gaps[pieces] = np.where(early, second[turns], begin[turns]) - pieces * _BITS
+        self.firsts[pieces] = number[turns] - early
 
     def bytes(self, total: int) -> np.ndarray:
         return self.words.astype(">u8").view(np.uint8)[: -(-total // 8)].copy()

@@ -39,13 +39,13 @@ _VIT_LAYER = ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_
 class Df11Folder:
     """What a DFloat11 folder holds; nothing but headers is read until a block or a tensor is asked for.
 
-    `blocks`: compressed module -> its layers' weights, by name, in their order. `files`: every name in the files ->
-    its file. `tensors`: names of what is not compressed.
+    `blocks`: compressed module -> its layers' weights, by name, in their order. `tensors`: name -> shape of what is
+    not compressed. `files`: every name in the files -> its file.
     """
 
     folder: Path
     blocks: dict[str, list[str]]
-    tensors: list[str]
+    tensors: dict[str, tuple[int, ...]]
     files: dict[str, Path]
 
     def block(self, module: str) -> Block:
@@ -82,7 +82,12 @@ def read_df11(folder: Path | str) -> Df11Folder:
     """
     folder = Path(folder)
     patterns = _patterns(folder / "config.json")
-    files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
+    files, shapes = {}, {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with _open(file) as tensors:
+            names = list(tensors.keys())
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+            files |= dict.fromkeys(names, file)
     modules = [name.rpartition(".")[0] for name in files if name.endswith(".encoded_exponent")]
     if not modules:
         raise FileNotFoundError(f"{folder} has no compressed weights: fetch the DFloat11 folder's *.safetensors again.")
@@ -90,8 +95,9 @@ def read_df11(folder: Path | str) -> Df11Folder:
     missing = [name for module in modules for part in _PARTS if (name := f"{module}.{part}") not in files]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing[:4])}: fetch the DFloat11 folder again.")
-    inside = {f"{module}.{part}" for module in modules for part in _PARTS}
-    return Df11Folder(folder, blocks, [name for name in files if name not in inside], files)
+    for name in (f"{module}.{part}" for module in modules for part in _PARTS):
+        del shapes[name]
+    return Df11Folder(folder, blocks, shapes, files)
 
 
 def write_df11(source: Path | str, target: Path | str, on_module: Callable[[str], None] | None = None) -> None:
@@ -166,11 +172,6 @@ def _open(file: Path):
         return safe_open(file, "pt")
     except SafetensorError as error:
         raise damaged(file, error) from error
-
-
-def _names(file: Path) -> list[str]:
-    with _open(file) as tensors:
-        return list(tensors.keys())
 
 
 def _bfloat16_names(file: Path, tensors) -> list[str]:

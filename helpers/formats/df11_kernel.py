@@ -125,7 +125,7 @@ def _count_codes(
     words_at, gaps_at, table_at, firsts_at, starts_at, counts_at, pieces, gap_bytes, weights, steps,
     GROUP: tl.constexpr, MARK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Codes that start in every piece of 64 bits; with MARK where every 128th is, told the number of a piece's first."""
+    """Codes that start in every piece of 64 bits; with MARK the places of every 128th, from pieces' first numbers."""
     piece = tl.program_id(0) * LANES + tl.arange(0, LANES)
     real = piece < pieces
     # Five bits out of two bytes.
@@ -177,8 +177,8 @@ def decode(block: CardBlock, out: Tensor, first: int = 0, last: int | None = Non
         raise ValueError(f"Weights {first} to {last} are not all in a DFloat11 block of {block.weights}.")
     if out.dtype != torch.bfloat16 or not out.is_contiguous() or out.numel() < last - first:
         raise ValueError(
-            f"{last - first} weights of a DFloat11 block do not fit {list(out.shape)} of {out.dtype}: decode them into a "
-            "contiguous bfloat16 tensor of at least that size."
+            f"{last - first} weights of a DFloat11 block do not fit {list(out.shape)} of {out.dtype}: decode them into "
+            "a contiguous bfloat16 tensor of at least that size."
         )
     made = out.view(-1)[: last - first]
     if last > first:
@@ -211,7 +211,7 @@ def _starts(block: Block, words: Tensor, gaps: Tensor, table: Tensor) -> Tensor:
     if not pieces:
         return starts
     lengths = block.luts[-1]
-    steps = 8 * BYTES // int(lengths[lengths > 0].min())
+    steps = triton.cdiv(8 * BYTES, int(lengths[lengths > 0].min()))
     firsts = counts
     for mark in (False, True):
         _count_codes[(triton.cdiv(pieces, _LANES),)](
@@ -220,6 +220,7 @@ def _starts(block: Block, words: Tensor, gaps: Tensor, table: Tensor) -> Tensor:
         )  # fmt: skip
         firsts = counts.cumsum(0) - counts
     told = block.positions()
-    if not torch.equal(firsts[::THREADS][: len(told) - 1].cpu(), told[:-1]) or int(firsts[-1] + counts[-1]) < told[-1]:
+    found = firsts[::THREADS][: len(told) - 1].cpu()
+    if not torch.equal(found, told[:-1]) or int(firsts[-1] + counts[-1]) < block.weights:
         raise ValueError("encoded_exponent does not hold the codes that output_positions tells")
     return starts
