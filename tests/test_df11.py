@@ -160,6 +160,18 @@ def packages_tables(package, counts):
     ],
 )
 def test_the_bytes_are_the_packages(package, tensors):
+    assert_the_packages_bytes(package, tensors)
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_the_bytes_are_the_packages_whatever_comes_last(package):
+    """Long codes last: a piece may have one start only, that of a pair's second code or of the end mark."""
+    numbers = torch.cat([of_exponents([0] * (100 - n) + [count]) for n, count in enumerate(reversed(fibonacci(25)))])
+    for count in range(200):
+        assert_the_packages_bytes(package, [numbers[-4000 - count :].roll(count)])
+
+
+def assert_the_packages_bytes(package, tensors):
     flat = [tensor.flatten() for tensor in tensors]
     codec, counts = package.get_codec(torch.cat(flat))
     encoded, rest, positions, gaps, splits = package.encode_weights(flat, codec, 8, 512)
@@ -205,7 +217,16 @@ def test_any_codes_can_be_read_through_the_tables(counts):
     assert max(length for length, _ in codes.values()) <= 32
     # A place's value from 240 on is another table's number, but for the fourth of a chain.
     assert all(codes[exponent][0] > 24 for exponent in codes if exponent >= 240)
-    assert len(lookup_tables(codes)) <= 18
+    tables = lookup_tables(codes)
+    assert len(tables) <= 18
+    assert ends(tables, 0, 1) <= codes.keys()
+
+
+def ends(tables, number, level):
+    """All symbols that reading may end with, whatever bits come."""
+    found = set(tables[number].tolist())
+    jumps = {value for value in found if value >= 240 and level < 4}
+    return (found - jumps).union(*(ends(tables, 256 - value, level + 1) for value in jumps))
 
 
 def test_codes_are_as_short_as_huffmans():

@@ -10,7 +10,7 @@ block the number of that code.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from math import prod
 
 import numpy as np
@@ -50,12 +50,16 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in astuple(self))
+        return sum(tensor.nbytes for tensor in self.parts().values())
 
     @property
     def sizes(self) -> list[int]:
         """Weights of each tensor."""
         return np.diff([0, *self.split_positions.tolist(), self.weights]).tolist()
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def positions(self) -> Tensor:
         """`output_positions` as numbers, int64."""
@@ -68,10 +72,9 @@ class Block:
                 raise ValueError(f"{name} {what}")
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
-        for part in fields(self):
-            kind = torch.int64 if part.name == "split_positions" else torch.uint8
-            tensor = getattr(self, part.name)
-            yield part.name, tensor.dtype == kind, f"is of type {tensor.dtype} instead of {kind}"
+        for name, tensor in self.parts().items():
+            kind = torch.int64 if name == "split_positions" else torch.uint8
+            yield name, tensor.dtype == kind, f"is of type {tensor.dtype} instead of {kind}"
         yield "luts", self.luts.ndim == 2 and len(self.luts) > 1 and self.luts.shape[1] == 256, "is no list of tables"
         lengths = self.luts[-1]
         yield "luts", int(lengths.max()) <= LONGEST, f"tells of a code of {int(lengths.max())} bits"

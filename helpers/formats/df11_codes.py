@@ -61,7 +61,9 @@ def _flat(counts: dict[int, int]) -> Codes:
         least *= 2
         codes = _huffman({symbol: max(count, least) for symbol, count in plain.items()})
     length, bits = codes.pop(_HUGE, (0, 0))
-    return codes | {symbol: (_HUGE_BITS, (bits << (_HUGE_BITS - length)) + symbol - JUMP) for symbol in huge}
+    # Counted from zero, so that the fourth table has an end at every place: the package's decoder would wait for ever
+    # if what fills the last byte led to none.
+    return codes | {symbol: (_HUGE_BITS, (bits << (_HUGE_BITS - length)) + rank) for rank, symbol in enumerate(huge)}
 
 
 def _huffman(counts: dict[int, int]) -> Codes:

@@ -216,7 +216,7 @@ def _compressed(module: str, layers: list[str], names: list[str], tensors) -> di
     """A module's block and whatever else the module has, by name."""
     block = compress([tensors.get_tensor(name) for name in layers])
     others = [name for name in names if _inside(name, module) and name not in layers]
-    parts = {f"{module}.{part}": getattr(block, part) for part in _PARTS}
+    parts = {f"{module}.{part}": tensor for part, tensor in block.parts().items()}
     return parts | {name: tensors.get_tensor(name) for name in others}
 
 
