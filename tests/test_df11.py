@@ -185,7 +185,7 @@ def test_the_tables_are_the_packages(package):
     """Of random counts, and of such as would need codes of more than 32 bits."""
     random, compared = np.random.default_rng(0), 0
     histograms = [fibonacci(count) for count in (30, 33, 36, 40, 45)]
-    histograms += [[max(1, number // 3) for number in fibonacci(42)]]
+    histograms += [[7 * number for number in fibonacci(count)] for count in (31, 32, 33, 34)]
     for _ in range(150):
         histograms += [(random.pareto(random.uniform(0.2, 2), random.integers(2, 60)) * 50 + 1).astype(int).tolist()]
     for histogram in histograms:
@@ -204,6 +204,8 @@ def test_the_tables_are_the_packages(package):
         [1] * 256,
         fibonacci(60) + [0] * 196,
         [2**40] + [1] * 255,
+        [2**40] + [1] * 239,
+        [5] * 200 + [0] * 55 + [3],
         [1] * 239 + [2**30, *[2**20] * 16],
         [0] * 240 + fibonacci(16),
         [3**n for n in range(20)] * 12 + [7] * 16,
@@ -291,6 +293,26 @@ def test_the_decoding_table():
     assert [table[0, 1], table[1, 2], table[2, 3], table[3, 0b10000000]] == [1, 2, 3, 25 * 256 + 255]
 
 
+def test_decoding_never_leaves_the_tables():
+    """Whatever bits follow the last code, and whatever a damaged file holds."""
+    random = np.random.default_rng(0)
+    for tables in (1, 3, 5):
+        luts = random.integers(0, 256, (tables + 1, 256)).astype(np.uint8)
+        luts[:-1] = np.where(luts[:-1] >= 240, 256 - random.integers(1, max(tables, 2), luts[:-1].shape), luts[:-1])
+        luts[-1, ::2] = 0
+        if tables == 1:
+            luts[0] = luts[0].clip(max=239)
+        table = decoding_table(luts)
+        assert ((table >= 256) | (table < tables)).all()
+
+
+def test_tables_that_lead_nowhere_are_left_in_the_end():
+    block = compress([torch.cat([bits(0x7F80), normal(100)])])
+    luts = block.luts.clone()
+    luts[:-1] = 255  # on to the second table, and from there to itself
+    assert len(decompress(replace(block, luts=luts))[0]) == 101
+
+
 # On a card, or in Triton's interpreter.
 
 
@@ -329,8 +351,16 @@ def test_the_index_takes_little(kernel):
     block = compress([normal(70_000)])
     card = kernel.load(block, DEVICE)
     assert card.starts.nbytes == 4 * math.ceil(70_000 / 128)
-    parts = card.words.nbytes + card.starts.nbytes + card.sign_mantissa.nbytes
-    assert parts < 1.03 * block.nbytes
+    assert card.nbytes < 1.03 * block.nbytes
+
+
+def test_whatever_threads_read_there_is(kernel):
+    """The last thread too decodes 128 weights, a word at most for each, and holds three words at first."""
+    for count in (1, 127, 128, 5000):
+        block = compress([normal(count)])
+        words = kernel.load(block, DEVICE).words
+        assert len(words) >= math.ceil(block.encoded_exponent.numel() / 4) + 128 + 3
+        assert (words[math.ceil(block.encoded_exponent.numel() / 4) :] == 0).all()
 
 
 def test_the_kernel_refuses_what_does_not_fit(kernel):
@@ -568,6 +598,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
     monkeypatch.setattr(df11_folder, "save_file", fill)
     with pytest.raises(OSError, match=r"layers_1.safetensors could not be written .*No space left.*make room"):
         write_df11(TINY, tmp_path / "made")
+    assert {file.suffix for file in files} == {".part"}
     names = {file.name for file in (tmp_path / "made").iterdir()}
     assert names == {f"language_model_model_{name}.safetensors" for name in ("embed_tokens", "layers_0")}
     with pytest.raises(FileNotFoundError, match=r"config.json is missing"):

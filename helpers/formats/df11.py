@@ -267,7 +267,9 @@ def _pieces(block: Block) -> tuple[np.ndarray, np.ndarray]:
 def _decode_pieces(table: np.ndarray, word: np.ndarray, following: np.ndarray, at: np.ndarray) -> np.ndarray:
     """The symbols of all codes that start in these pieces, in order."""
     columns, live = [], []
-    while (at < _BITS).any():
+    for _ in range(_BITS):  # no more than that, whatever the tables say
+        if (at >= _BITS).all():
+            break
         live.append(at < _BITS)
         place = np.minimum(at, np.uint64(63))
         bits = word << place | following >> np.uint64(1) >> np.uint64(63) - place
@@ -277,5 +279,5 @@ def _decode_pieces(table: np.ndarray, word: np.ndarray, following: np.ndarray, a
             byte = (bits[rest] >> np.uint64(56 - 8 * level)).astype(np.uint8)
             entry[rest] = table[entry[rest].astype(np.int64) * 256 + byte]
         columns.append(entry.astype(np.uint8))
-        at = at + np.maximum(entry >> 8, 1).astype(np.uint64)
-    return np.stack(columns, 1)[np.stack(live, 1)] if columns else np.empty(0, np.uint8)
+        at = at + (entry >> 8).astype(np.uint64)
+    return np.stack(columns, 1)[np.stack(live, 1)]

@@ -133,7 +133,7 @@ def decoding_table(luts: np.ndarray) -> np.ndarray:
     ValueError for a table that does not exist.
     """
     tables, lengths = luts[:-1].astype(np.uint16), luts[-1].astype(np.uint16)
-    # Of no code: one bit each, so that whatever follows the last code is passed as well.
+    # What no code leads to may name a symbol without one; it must not be taken for another table.
     ends = np.maximum(lengths, 1)[tables] * 256 + tables
     decoding, seen, level = ends.copy(), {0}, {0}
     for _ in range(3):
