@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from zlib import crc32
 
 import torch
@@ -14,15 +15,19 @@ from torch import nn
 from .bagel.autoencoder import Autoencoder
 from .bagel.config import BagelConfig, read_config
 from .bagel.decoder import DecoderLayer
-from .bagel.layers import join, round_to_fp8
+from .bagel.layers import join, pack, round_to_fp8
 from .bagel.model import Bagel
+from .bagel.packed import BYTES, PACKERS, Room
 from .bagel.session import Parts
 from .bagel.text import TextCodec
 from .choices import Choices
+from .formats.saved import packed_tensors, prepare, saved_format
 from .memory import check_room
 from .tensors import damaged, read_tensors
 
 MODEL_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
+# What the names of tensors contain that only drawing needs.
+GENERATION = ("_moe_gen", "time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
 
 
 def load(folder: Path | str, choices: Choices) -> Parts:
@@ -35,8 +40,12 @@ def load(folder: Path | str, choices: Choices) -> Parts:
     config = read_config(folder, tensor_shapes(folder / MODEL_FILE))
     codec = TextCodec(_tokenizer(folder))
     model, autoencoder = _empty_modules(config, codec, choices)
-    fill(model, folder / MODEL_FILE, choices.device, choices.dtype, choices.weights == "fp8")
-    fill(autoencoder, folder / AUTOENCODER_FILE, choices.device, torch.float32)
+    if saved_format(folder / MODEL_FILE):
+        fill_packed(model, folder / MODEL_FILE, choices)
+    else:
+        fill(model, folder / MODEL_FILE, choices.device, choices.dtype, _rounding(choices))
+    if autoencoder is not None:
+        fill(autoencoder, folder / AUTOENCODER_FILE, choices.device, torch.float32)
     return _ready(model, autoencoder, codec, choices)
 
 
@@ -48,8 +57,9 @@ def load_random(config: BagelConfig, tokenizer: Path, choices: Choices) -> Parts
     """
     codec = TextCodec(_tokenizer(tokenizer))
     model, autoencoder = _empty_modules(config, codec, choices)
-    fill_randomly(model, choices.device, choices.dtype, choices.weights == "fp8")
-    fill_randomly(autoencoder, choices.device, torch.float32)
+    fill_randomly(model, choices.device, choices.dtype, _rounding(choices))
+    if autoencoder is not None:
+        fill_randomly(autoencoder, choices.device, torch.float32)
     _write_words_alone(model, codec)
     return _ready(model, autoencoder, codec, choices)
 
@@ -64,25 +74,50 @@ def _write_words_alone(model: Bagel, codec: TextCodec) -> None:
     head[silent] = 0
 
 
-def _empty_modules(config: BagelConfig, codec: TextCodec, choices: Choices) -> tuple[Bagel, Autoencoder]:
+def _empty_modules(config: BagelConfig, codec: TextCodec, choices: Choices) -> tuple[Bagel, Autoencoder | None]:
     """Modules without storage. Raises MemoryError when their weights would not fit."""
+    draws = choices.experts == "all"
     with torch.device("meta"):
-        model = Bagel(config, codec.image_markers, choices.attention)
-        autoencoder = Autoencoder(config.autoencoder)
-    needed = _bytes(model, choices.dtype, choices.weights == "fp8") + _bytes(autoencoder, torch.float32)
+        model = Bagel(config, codec.image_markers, choices.attention, draws)
+        autoencoder = Autoencoder(config.autoencoder) if draws else None
+    needed = _bytes(model, choices.dtype, choices.weights)
+    needed += _bytes(autoencoder, torch.float32) if draws else 0
     check_room(needed, choices.weights, choices.device)
     return model, autoencoder
 
 
-def _ready(model: Bagel, autoencoder: Autoencoder, codec: TextCodec, choices: Choices) -> Parts:
+def _ready(model: Bagel, autoencoder: Autoencoder | None, codec: TextCodec, choices: Choices) -> Parts:
+    model.language_model.model.kernels = _kernels(choices)
+    if autoencoder is None:
+        return Parts(model.eval(), None, codec)
     if choices.device.type == "cpu":
         # The tiny autoencoder's convolutions take up to a quarter less time there with channels last.
         autoencoder.to(memory_format=torch.channels_last)
-    if choices.kernels:
-        from .bagel import kernels
-
-        model.language_model.model.kernels = kernels
     return Parts(model.eval(), autoencoder.eval(), codec)
+
+
+def _kernels(choices: Choices) -> ModuleType | None:
+    if not choices.kernels:
+        return None
+    from .bagel import kernels
+
+    return kernels
+
+
+# What rounds the weights of layers that lie together, once they have been read.
+Rounding = Callable[[list[nn.Linear]], None]
+
+
+def _rounding(choices: Choices) -> Rounding | None:
+    if choices.weights == "fp8":
+        return round_to_fp8
+    if choices.weights in PACKERS:
+        return partial(pack, packer=PACKERS[choices.weights], room=_room(choices))
+    return None
+
+
+def _room(choices: Choices) -> Room:
+    return Room(choices.device, choices.dtype, _kernels(choices))
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -91,22 +126,38 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
-def fill(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> None:
+def fill(
+    module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype, rounding: Rounding | None = None
+) -> None:
     """Replace the parameters of a module built on the meta device by those of a safetensors file.
 
-    `fp8`: the weights of the decoder's layers are rounded. Raises ValueError naming the tensors that are missing,
+    `rounding` is done to the weights of the decoder's layers. Raises ValueError naming the tensors that are missing,
     unexpected or of another shape, or what `read_tensors` does.
     """
-    _compare(file, tensor_shapes(file), {name: tuple(t.shape) for name, t in module.state_dict().items()})
-    _fill(module, partial(read_tensors, file), device, dtype, fp8)
+    _compare(file, tensor_shapes(file), module.state_dict(), left_out(module))
+    _fill(module, partial(read_tensors, file), device, dtype, rounding)
+
+
+def fill_packed(model: Bagel, file: Path, choices: Choices) -> None:
+    """As `fill`, from a file of weights that were packed before (`formats.saved`)."""
+    prepare(choices.weights, _groups(model), _room(choices), choices.dtype)
+    parts = packed_tensors(model)
+    _compare(file, tensor_shapes(file), model.state_dict() | parts, left_out(model))
+    allocate(model, choices.device, choices.dtype)
+    read_tensors(file, model.state_dict() | parts)
+
+
+def left_out(module: nn.Module) -> tuple[str, ...]:
+    """What the names of tensors contain that a module for understanding alone does without."""
+    return () if not isinstance(module, Bagel) or module.draws else GENERATION
 
 
 def fill_randomly(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, fp8: bool = False, seed: int = 0
+    module: nn.Module, device: torch.device, dtype: torch.dtype, rounding: Rounding | None = None, seed: int = 0
 ) -> None:
     """Give a module built on the meta device random weights that keep activations of one size through its layers.
 
-    Matrices and convolutions are normal with variance 1 / inputs, norms one, biases zero; `fp8` as in `fill`.
+    Matrices and convolutions are normal with variance 1 / inputs, norms one, biases zero; `rounding` as in `fill`.
     """
     generator = torch.Generator(device)
 
@@ -119,18 +170,24 @@ def fill_randomly(
             else:
                 weight.fill_(float(not name.endswith("bias")))
 
-    _fill(module, draw, device, dtype, fp8)
+    _fill(module, draw, device, dtype, rounding)
 
 
-def _fill(module: nn.Module, take: Callable[[dict], None], device: torch.device, dtype: torch.dtype, fp8: bool) -> None:
+def _fill(
+    module: nn.Module,
+    take: Callable[[dict], None],
+    device: torch.device,
+    dtype: torch.dtype,
+    rounding: Rounding | None,
+) -> None:
     """Storage for the weights of a module, filled by `take`, which is given them by name."""
-    if fp8:
+    if rounding:
         for name, layer in module.named_modules():
             if isinstance(layer, DecoderLayer):
                 # Rounded before the next one comes, so that only one layer stands here in full.
                 _fill_part(layer, f"{name}.", take, device, dtype)
                 for group in _groups(layer):
-                    round_to_fp8(group)
+                    rounding(group)
     _fill_part(module, "", take, device, dtype)
 
 
@@ -146,7 +203,7 @@ def _fill_part(
 def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Give what lies on the meta device storage, not filled: once, where each weight shall stay."""
     for layers in _groups(module):
-        if layers[0].weight.is_meta:
+        if layers[0].weight is not None and layers[0].weight.is_meta:
             join(layers, device, dtype)
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
@@ -161,7 +218,9 @@ def _groups(module: nn.Module) -> list[list[nn.Linear]]:
     return [group for part in parts for group in part.over_one_input()]
 
 
-def _compare(file: Path, found: dict, wanted: dict) -> None:
+def _compare(file: Path, found: dict, wanted: dict[str, torch.Tensor], ignored: tuple[str, ...]) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    found = {name: shape for name, shape in found.items() if not any(part in name for part in ignored)}
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unexpected": sorted(found.keys() - wanted.keys()),
@@ -212,7 +271,9 @@ def _tokenizer(folder: Path):
         ) from error
 
 
-def _bytes(module: nn.Module, dtype: torch.dtype, fp8: bool = False) -> int:
-    """Of the weights once they are loaded."""
-    rounded = sum(layer.weight.numel() for group in _groups(module) for layer in group) if fp8 else 0
-    return (sum(p.numel() for p in module.parameters()) - rounded) * dtype.itemsize + rounded
+def _bytes(module: nn.Module, dtype: torch.dtype, weights: str = "") -> int:
+    """Of the weights once they are loaded, and of the room in which packed ones are made whole."""
+    groups = [sum(layer.weight.numel() for layer in group) for group in _groups(module)] if weights in BYTES else []
+    plain = sum(p.numel() for p in module.parameters()) - sum(groups)
+    room = max(groups, default=0) if weights in PACKERS else 0
+    return (plain + room) * dtype.itemsize + round(sum(groups) * BYTES.get(weights, 0))

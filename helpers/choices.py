@@ -9,36 +9,46 @@ from functools import cache
 import torch
 
 from .bagel.layers import KERNELS
+from .bagel.packed import PACKERS
 from .memory import current
 
 # Weight formats and, for each kind of device, the type that activations have with them.
 WEIGHTS = {
     "bf16": {"cpu": torch.bfloat16, "cuda": torch.bfloat16},
+    "fp16": {"cpu": torch.float16, "cuda": torch.float16},
     "fp32": {"cpu": torch.float32, "cuda": torch.float32},
-    "fp8": {"cpu": torch.float32, "cuda": torch.bfloat16},
+    **dict.fromkeys(("fp8", *PACKERS), {"cpu": torch.float32, "cuda": torch.bfloat16}),
 }
+EXPERTS = ("all", "understanding")
 # The attention of a 1024x1024 picture of the released model beside its prompt: tokens, keys, heads, key heads, width.
 _MEASURED = (4098, 4162, 28, 4, 128)
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Where and how a checkpoint is loaded, and why. `kernels`: the decoder's layers run through `bagel.kernels`."""
+    """Where and how a checkpoint is loaded, and why.
+
+    `experts`: "all", or "understanding" without what only drawing needs. `kernels`: the decoder's layers run through
+    `bagel.kernels`.
+    """
 
     device: torch.device
     weights: str
     attention: str
+    experts: str
     kernels: bool
     reason: str
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of activations."""
-        return WEIGHTS[self.weights][self.device.type]
+        return _activations(self.weights, self.device)
 
 
-def choose(device: str, weights: str, attention: str) -> Choices:
+def choose(device: str, weights: str, attention: str, experts: str = "all") -> Choices:
     """Turn "auto" into what this machine does best. Raises ValueError for unknown or impossible wishes."""
+    if experts not in EXPERTS:
+        raise ValueError(f"experts {experts!r} must be one of {', '.join(EXPERTS)}.")
     chosen = _device(device)
     reasons = []
     if weights == "auto":
@@ -46,20 +56,29 @@ def choose(device: str, weights: str, attention: str) -> Choices:
         reasons.append(f"{weights} because {why}")
     _check_weights(weights, chosen)
     if attention == "auto":
-        attention, why = _attention(chosen, WEIGHTS[weights][chosen.type])
+        attention, why = _attention(chosen, _activations(weights, chosen))
         reasons.append(f"{attention} because {why}")
-    _check_attention(attention, chosen, weights)
-    lacking = _lacking_for_kernels(chosen)
+    _check_attention(attention, chosen, _activations(weights, chosen))
+    lacking = _lacking_for_kernels(chosen, _activations(weights, chosen))
     if chosen.type == "cuda":
         slower = f"plain layers, slower, because {lacking}"
         reasons.append(slower if lacking else "own kernels, which the first calls compile for some seconds")
-    return Choices(chosen, weights, attention, not lacking, "; ".join(reasons) or "as asked")
+    return Choices(chosen, weights, attention, experts, not lacking, "; ".join(reasons) or "as asked")
 
 
-def _lacking_for_kernels(device: torch.device) -> str:
+def _activations(weights: str, device: torch.device) -> torch.dtype:
+    """The type of activations; cards without bfloat16 arithmetic take float16 for packed weights."""
+    if weights in PACKERS and device.type == "cuda" and _capability(device) < (8, 0):
+        return torch.float16
+    return WEIGHTS[weights][device.type]
+
+
+def _lacking_for_kernels(device: torch.device, dtype: torch.dtype) -> str:
     """Why `bagel.kernels` cannot run there; empty where they can."""
     if device.type != "cuda":
         return "there is no card"
+    if dtype == torch.float16:
+        return "they do not keep float16 from overflowing"
     if _capability(device) < (8, 0):
         return f"this card's compute capability is {'.'.join(map(str, _capability(device)))}, below 8.0"
     return "" if _has_triton() else "Triton is not installed"
@@ -95,7 +114,7 @@ def _weights(device: torch.device) -> tuple[str, str]:
         return "fp32", "CPUs compute in float32 fastest"
     if _capability(device)[0] >= 8:
         return "bf16", "the model was trained in bfloat16 and this card computes in it"
-    return "fp32", "this card has no bfloat16 arithmetic (compute capability below 8.0)"
+    return "fp16", "this card has no bfloat16 arithmetic (compute capability below 8.0)"
 
 
 def _check_weights(weights: str, device: torch.device) -> None:
@@ -145,7 +164,7 @@ def _seconds(work) -> float:
     return min(times[1:])
 
 
-def _check_attention(attention: str, device: torch.device, weights: str) -> None:
+def _check_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:
     if attention not in KERNELS:
         raise ValueError(f"attention {attention!r} must be one of auto, {', '.join(KERNELS)}.")
     if attention == "sdpa":
@@ -153,8 +172,8 @@ def _check_attention(attention: str, device: torch.device, weights: str) -> None
     if device.type == "cpu":
         raise ValueError(f"attention {attention!r} needs a CUDA card; on the CPU use 'sdpa'.")
     if attention == "flash_attn":
-        if WEIGHTS[weights]["cuda"] != torch.bfloat16:
-            raise ValueError(f"attention 'flash_attn' computes in 16 bits, not with weights={weights!r}: use 'sdpa'.")
+        if dtype == torch.float32:
+            raise ValueError("attention 'flash_attn' computes in 16 bits, not with weights='fp32': use 'sdpa'.")
         try:
             import flash_attn  # noqa: F401 - only whether it can be imported
         except ImportError as error:

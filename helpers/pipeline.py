@@ -22,10 +22,12 @@ from .bagel.context import check_length
 from .bagel.decoding import sampling_processors
 from .bagel.flow import FlowSettings
 from .bagel.images import fitted_size, open_picture
+from .bagel.packed import PACKERS
 from .bagel.session import Parts, Plan, Session, block_tokens, latent_block
 from .bagel.text import THINK_TO_ANSWER, THINK_TO_DRAW, split_thought
 from .checkpoint import MODEL_FILE, load, load_random, tensor_shapes
 from .choices import choose
+from .formats.saved import save, saved_format
 from .hub import RANDOM
 from .memory import explained
 
@@ -75,15 +77,19 @@ def load_bagel(
     weights: str = "auto",
     device: str = "auto",
     attention: str = "auto",
+    experts: str = "all",
 ) -> BagelPipeline:
     """A BAGEL that is ready to use: "tiny" (the model in this repository) or an official checkpoint folder.
 
     "random-7b" and "random-tiny" have the sizes of the released and of the tiny model and random weights, made on the
     device: they show speed and memory, and draw noise.
 
-    `weights`: "auto", "bf16", "fp32", "fp8" (the decoder's layers in 8 bits, faster and smaller, with a loss).
+    `weights`: "auto", "bf16", "fp16" (for cards without bfloat16), "fp32", or with the decoder's layers in fewer bits,
+    smaller, with a loss: "fp8" (faster too, from compute capability 8.9), "int8", "nf4", "int4".
     `device`: "auto", "cpu", "cuda", "cuda:N". `attention`: "auto", "sdpa", "cudnn", "flash_attn". Prints what "auto"
-    chose and why. Errors: see `helpers.checkpoint.load`.
+    chose and why. `experts`: "all", or "understanding": half the memory, and questions alone.
+
+    A folder that `BagelPipeline.save` wrote has its format already. Errors: see `helpers.checkpoint.load`.
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model {model!r} ({type(model).__name__}) must be 'tiny' or the name of a folder.")
@@ -94,22 +100,37 @@ def load_bagel(
             f"{name!r} is neither 'tiny' nor a folder here: name the folder that holds ema.safetensors; "
             "notebook 01 shows how to fetch it."
         )
-    choices = choose(device, weights, attention)
+    weights = _with_saved(weights, folder)
+    choices = choose(device, weights, attention, experts)
     if "auto" in (weights, attention):
         print(f"{'tiny BAGEL' if name == 'tiny' else Path(name).name} on {choices.device}: {choices.reason}")
     if name not in RANDOM:
-        return BagelPipeline(load(folder, choices), name)
+        return BagelPipeline(load(folder, choices), name, choices.weights, folder)
     print(f"{name} has random weights: the time and memory of the real ones, and noise instead of pictures and words")
     config = RELEASED if name == "random-7b" else read_config(TINY, tensor_shapes(TINY / MODEL_FILE))
-    return BagelPipeline(load_random(config, TINY, choices), name)
+    return BagelPipeline(load_random(config, TINY, choices), name, choices.weights)
+
+
+def _with_saved(weights: str, folder: Path) -> str:
+    """The format of a folder of packed weights, otherwise the one asked for."""
+    saved = saved_format(folder / MODEL_FILE)
+    if saved and weights not in ("auto", saved):
+        raise ValueError(
+            f"{folder} holds weights packed as {saved}, which cannot become {weights!r}: leave weights out, or name "
+            "the folder of the original weights."
+        )
+    return saved or weights
 
 
 class BagelPipeline:
-    """One loaded model and its verbs. Nothing but the weights survives a call."""
+    """One loaded model and its verbs. Nothing but the weights survives a call.
 
-    def __init__(self, parts: Parts, name: str):
+    `weights` is their format, `folder` where they came from (None: random ones).
+    """
+
+    def __init__(self, parts: Parts, name: str, weights: str, folder: Path | None = None):
         self._parts: Parts | None = parts
-        self.name = name
+        self.name, self.weights, self.folder = name, weights, folder
 
     @property
     def parts(self) -> Parts:
@@ -138,6 +159,17 @@ class BagelPipeline:
     def native_size(self) -> tuple[int, int]:
         """(height, width) of the largest square picture that the model has positions for."""
         return self.config.native_side, self.config.native_side
+
+    def save(self, folder: Path | str) -> None:
+        """Write a model with packed weights (int8, int4, nf4) to a new folder, which loads without the original.
+
+        Raises ValueError for other formats and random weights, FileExistsError where the folder holds anything, OSError
+        where the disk has too little room.
+        """
+        if self.weights not in PACKERS or self.folder is None or not self.model.draws:
+            told = "random weights" if self.folder is None else f"weights={self.weights!r}"
+            raise ValueError(f"{told} cannot be saved: load a folder whole, as one of {', '.join(PACKERS)}.")
+        save(self.model, self.weights, self.folder, Path(folder))
 
     def close(self) -> None:
         """Free the weights' memory; the object cannot be used afterwards."""
@@ -396,6 +428,8 @@ class Work:
         _check_make(make)
         parts, batched = _normalise(inputs)
         seeds = _seeds(seed, len(parts[0]))
+        if "image" in make and not pipeline.model.draws:
+            raise ValueError("This model was loaded with experts='understanding': for pictures load it with 'all'.")
         size = _size(pipeline.config, parts, drawing) if "image" in make else (0, 0)
         plan = _plan(pipeline.parts, parts, make, think, writing, drawing, size)
         noise, words = ([torch.Generator().manual_seed(s) for s in seeds] for _ in range(2))

@@ -25,7 +25,13 @@ from torch import Tensor
 THREADS = 8
 PIECE = 4 * 2**20  # bytes
 WORTH_A_THREAD = 16  # pieces; for fewer, to start one takes longer than it saves
-TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I8": torch.int8,  # the codes of packed weights, read into tensors of their own type
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True)

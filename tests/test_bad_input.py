@@ -105,7 +105,7 @@ def test_no_such_folder():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("weights", "int3", "auto, bf16, fp32"),
+        ("weights", "int3", "auto, bf16, fp16, fp32"),
         ("attention", "fast", "auto, sdpa"),
         ("attention", "flash_attn", "needs a CUDA card"),
         ("device", "tpu", "'auto', 'cpu', 'cuda'"),
@@ -125,7 +125,7 @@ def test_missing_card():
 
 def test_flash_attn_computes_in_16_bits():
     with pytest.raises(ValueError, match="16 bits, not with weights='fp32': use 'sdpa'"):
-        choices._check_attention("flash_attn", torch.device("cuda"), "fp32")
+        choices._check_attention("flash_attn", torch.device("cuda"), torch.float32)
 
 
 def test_a_model_is_a_name():

@@ -51,7 +51,7 @@ def place_heads(rows, bias, norms, rope, q, keys, values, slot, first=0, index=N
 WRITTEN_OUT = SimpleNamespace(round_rows=round_rows, norm_rows=norm_rows, gate_rows=gate_rows, place_heads=place_heads)
 
 
-@pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 1e-5), ("fp8", 1e-3)])
+@pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 1e-5), ("fp8", 1e-3), ("int8", 1e-5), ("int4", 1e-5)])
 def test_pictures_are_those_of_the_plain_layers(monkeypatch, weights, tolerance):
     """A batch whose prompts differ in length, both guidances, pictures and texts in the context, a step cache."""
     bagel = load_bagel(FOLDER / "checkpoint", weights=weights, device="cpu", attention="sdpa")

@@ -162,9 +162,20 @@ def bagel():
     return bagel
 
 
+@pytest.fixture(params=["fp32", "int8", "nf4"])
+def any_bagel(request, bagel):
+    """With packed weights too, made whole without kernels."""
+    if request.param == "fp32":
+        return bagel
+    packed = load_bagel(FOLDER / "checkpoint", weights=request.param, device=str(DEVICE), attention="sdpa")
+    packed.model.language_model.model.kernels = None
+    return packed
+
+
 @pytest.mark.parametrize("texts", [["the red cat"], ["one", "three small words"]])
-def test_the_logits_of_a_step_are_those_of_the_layers(bagel, monkeypatch, texts):
+def test_the_logits_of_a_step_are_those_of_the_layers(any_bagel, monkeypatch, texts):
     """One sample takes the kernels of single rows, several those of many; a shorter text is padded."""
+    bagel = any_bagel
     model, codec = bagel.model, bagel.codec
     decoder = model.language_model.model
     context = model.new_context(len(texts), 40, 0)

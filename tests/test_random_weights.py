@@ -102,5 +102,5 @@ def test_texts_of_random_weights_have_words_and_their_full_length(bagel):
     config = replace(bagel.config, decoder=replace(bagel.config.decoder, vocab_size=20_000))
     parts = checkpoint.load_random(config, TINY, choose("cpu", "fp32", "sdpa"))
     for question in ("what is it?", "where?", "a red circle"):
-        answer = BagelPipeline(parts, "large").understand(None, question, max_new_tokens=12)
+        answer = BagelPipeline(parts, "large", "fp32").understand(None, question, max_new_tokens=12)
         assert len(answer.token_ids) == 12 and answer.text.strip()

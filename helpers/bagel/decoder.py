@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import DecoderConfig
 from .fused import run_layers
-from .layers import RMSNorm, linears, rotary_table, rotate
+from .layers import RMSNorm, finite, linears, rotary_table, rotate
 
 # What a layer asks for: (layer index, q, k, v) -> attended values [batch, n, heads, head_dim].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -34,21 +34,25 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         together, down = self.over_one_input()
         gate, up = linears(x, together)
-        return linears(F.silu(gate) * up, down)[0]
+        return linears(finite(F.silu(gate) * up), down)[0]
 
     def over_one_input(self) -> list[list[nn.Linear]]:
         """Layers by their input: those of one group may be computed as one."""
         return [[self.gate_proj, self.up_proj], [self.down_proj]]
 
 
-class SelfAttention(nn.Module):
-    """The projections of both experts; the generation expert's names end in `_moe_gen`."""
+# What the names of each expert's weights end in: understanding, generation.
+EXPERTS = ("", "_moe_gen")
 
-    def __init__(self, config: DecoderConfig):
+
+class SelfAttention(nn.Module):
+    """The projections of the experts."""
+
+    def __init__(self, config: DecoderConfig, experts: tuple[str, ...]):
         super().__init__()
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.head_dim = config.head_dim
-        for suffix in ("", "_moe_gen"):
+        self.head_dim, self.experts = config.head_dim, experts
+        for suffix in experts:
             self.add_module(f"q_proj{suffix}", nn.Linear(width, width))
             self.add_module(f"k_proj{suffix}", nn.Linear(width, kv_width))
             self.add_module(f"v_proj{suffix}", nn.Linear(width, kv_width))
@@ -73,10 +77,10 @@ class SelfAttention(nn.Module):
         return linears(attended, [getattr(self, f"o_proj{suffix}")])[0]
 
     def over_one_input(self) -> list[list[nn.Linear]]:
-        """Layers by their input, for both experts: those of one group may be computed as one."""
+        """Layers by their input, for each expert: those of one group may be computed as one."""
         return [
             group
-            for suffix in ("", "_moe_gen")
+            for suffix in self.experts
             for group in (self._projections(suffix), [getattr(self, f"o_proj{suffix}")])
         ]
 
@@ -87,10 +91,10 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Norm, attention, norm, feed-forward, each with the weights of the token's expert."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, experts: tuple[str, ...]):
         super().__init__()
-        self.self_attn = SelfAttention(config)
-        for suffix in ("", "_moe_gen"):
+        self.self_attn = SelfAttention(config, experts)
+        for suffix in experts:
             self.add_module(f"mlp{suffix}", FeedForward(config.hidden_size, config.intermediate_size))
             self.add_module(f"input_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
@@ -113,22 +117,22 @@ class DecoderLayer(nn.Module):
         attended = attended.flatten(-2)
         parts = []
         for (suffix, part), (_, values) in zip(_experts(x, und_tokens), _experts(attended, und_tokens), strict=True):
-            part = part + self.self_attn.out(values, suffix)
+            part = finite(part + self.self_attn.out(values, suffix))
             normed = getattr(self, f"post_attention_layernorm{suffix}")(part)
-            parts.append(part + getattr(self, f"mlp{suffix}")(normed))
+            parts.append(finite(part + getattr(self, f"mlp{suffix}")(normed)))
         return _join(parts)
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and the two final norms."""
+    """Embedding, layers and the final norm of each expert."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, experts: tuple[str, ...]):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(config, experts) for _ in range(config.num_hidden_layers))
+        for suffix in experts:
+            self.add_module(f"norm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
         # The module `kernels`, where its kernels can run the layers: on the device that they will lie on.
         self.kernels: ModuleType | None = None
         self.warm: set[tuple[int, ...]] = set()  # shapes of passes whose kernels this process has used
@@ -151,7 +155,7 @@ class Decoder(nn.Module):
 
 def _experts(x: Tensor, und_tokens: int) -> list[tuple[str, Tensor]]:
     """Non-empty slices of the tokens with the name suffix of their expert."""
-    parts = [("", x[:, :und_tokens]), ("_moe_gen", x[:, und_tokens:])]
+    parts = zip(EXPERTS, (x[:, :und_tokens], x[:, und_tokens:]), strict=True)
     return [(suffix, part) for suffix, part in parts if part.shape[1]]
 
 

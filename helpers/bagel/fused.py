@@ -97,7 +97,7 @@ class _Part:
     def _product(self, rows: tuple[Tensor, Tensor | None], joined: Joined) -> Tensor:
         values, scale = rows
         if joined.scale is None:
-            return F.linear(values, joined.weight, joined.bias)
+            return F.linear(values, joined.matrix(), joined.bias)
         made = scaled_product(values.view(-1, values.shape[-1]), scale, joined, self.x.dtype)
         return made.view(*values.shape[:-1], -1)
 
@@ -105,6 +105,6 @@ class _Part:
         """Add a product to x: within the product itself, or, where the library cannot, together with the next norm."""
         if joined.scale is None:
             values = rows[0]
-            self.x.view(-1, self.x.shape[-1]).addmm_(values.view(-1, values.shape[-1]), joined.weight.T)
+            self.x.view(-1, self.x.shape[-1]).addmm_(values.view(-1, values.shape[-1]), joined.matrix().T)
         else:
             self.more = self._product(rows, joined)

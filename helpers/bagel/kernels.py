@@ -19,6 +19,8 @@ from torch import Tensor
 _ROWS, _COLUMNS, _STAGES = 4, 512, 3
 # Heads of a token that one program places, and numbers of a row that one gates.
 _HEADS, _GATE = 8, 2048
+# Bytes of weights of four bits that one program makes whole.
+_PAIRS = 1024
 # Keys that one program looks at a time, and programs that share the keys of one key/value head.
 _KEYS, _SPLITS = 64, 32
 _LOG2E = 1.4426950408889634
@@ -286,6 +288,34 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     _round_rows[(x.numel() // width,)](x, out, scale, width, PADDED=triton.next_power_of_2(width), num_warps=8)
     return out, scale
+
+
+@triton.jit
+def _fill_four_bits(
+    codes_at, table_at, scale_at, shift_at, out_at, pairs, group, HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Bytes of two codes each, from all rows one behind the other; a group never ends within a byte."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = pair < pairs
+    both = tl.load(codes_at + pair, mask=real, other=0).to(tl.int32)
+    scale = tl.load(scale_at + pair // group, mask=real, other=0.0).to(tl.float32)
+    first = tl.load(table_at + (both & 15)) * scale
+    second = tl.load(table_at + (both >> 4)) * scale
+    if HAS_SHIFT:
+        shift = tl.load(shift_at + pair // group, mask=real, other=0.0).to(tl.float32)
+        first += shift
+        second += shift
+    place = tl.program_id(0) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    made = tl.reshape(tl.join(first, second), [2 * BLOCK])
+    tl.store(out_at + place, made.to(out_at.dtype.element_ty), mask=place < 2 * pairs)
+
+
+def fill_four_bits(codes: Tensor, table: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:
+    """Weights of four bits into `out` [outputs, inputs]; the parts are those of `packed.FourBits`."""
+    pairs = codes.numel()
+    _fill_four_bits[(triton.cdiv(pairs, _PAIRS),)](
+        codes, table, scale, shift, out, pairs, pairs // scale.numel(), HAS_SHIFT=shift is not None, BLOCK=_PAIRS
+    )
 
 
 def _like(x: Tensor, shape: tuple[int, ...], fp8: bool) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .packed import Int8, Packed, Room
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm in float32, rounded to the input's type before the weight is applied (Qwen2)."""
@@ -32,18 +34,28 @@ class Joined(NamedTuple):
     `scale` float32 [outputs]: the weights are FP8 numbers, to be multiplied by it.
     """
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None
     scale: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """The weights as they are multiplied; packed ones lie in their room, until others are made whole there."""
+        return self.weight.whole() if isinstance(self.weight, Packed) else self.weight
+
+    def for_a_row(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight, bias and scale of the product of a single row, whose time is that of reading the weights."""
+        if isinstance(self.weight, Int8):
+            return self.weight.codes, self.bias, self.weight.scale
+        return self.matrix(), self.bias, self.scale
 
 
 def linears(x: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
     """What each of the layers makes of x: as one product where `join` has laid their weights out for it."""
     joined = getattr(layers[0], "joined", None)
     if joined is None:
-        return tuple(layer(x) for layer in layers)
-    made = F.linear(x, joined.weight, joined.bias) if joined.scale is None else _fp8_product(x, joined)
-    return made.split([layer.out_features for layer in layers], dim=-1) if len(layers) > 1 else (made,)
+        return tuple(finite(layer(x)) for layer in layers)
+    made = F.linear(x, joined.matrix(), joined.bias) if joined.scale is None else _fp8_product(x, joined)
+    return finite(made).split([layer.out_features for layer in layers], dim=-1) if len(layers) > 1 else (made,)
 
 
 def join(layers: list[nn.Linear], device: torch.device, dtype: torch.dtype) -> None:
@@ -64,16 +76,42 @@ def round_to_fp8(layers: list[nn.Linear]) -> None:
     _share(layers, Joined((weight.float() / scale[:, None]).to(torch.float8_e4m3fn), bias, scale))
 
 
+def pack(layers: list[nn.Linear], packer: Callable[[Tensor, Room], Packed], room: Room) -> None:
+    """Replace joined weights by packed ones; the layers have none of their own any more."""
+    weight, bias, _ = layers[0].joined
+    _share(layers, Joined(packer(weight, room), bias))
+
+
+def replace_by_packed(layers: list[nn.Linear], weight: Packed, device: torch.device, dtype: torch.dtype) -> None:
+    """Give layers over one input a packed weight, and new biases, not filled, where they have any."""
+    bias = None if layers[0].bias is None else torch.empty(weight.shape[0], device=device, dtype=dtype)
+    _share(layers, Joined(weight, bias))
+
+
 def _share(layers: list[nn.Linear], joined: Joined) -> None:
     """Every layer's weight and bias become views of the joined ones."""
     layers[0].joined = joined
     sizes = [layer.out_features for layer in layers]
-    for name, whole in (("weight", joined.weight), ("bias", joined.bias)):
+    for layer in layers:
+        layer.weight = None  # packed weights have no views
+    weight = None if isinstance(joined.weight, Packed) else joined.weight
+    for name, whole in (("weight", weight), ("bias", joined.bias)):
         for layer, part in zip(layers, [] if whole is None else whole.split(sizes), strict=False):
             setattr(layer, name, nn.Parameter(part, requires_grad=False))
 
 
 _FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def finite(x: Tensor) -> Tensor:
+    """Keep what float16 cannot hold at its largest number, in place: infinities would soon be no numbers at all.
+
+    The model was trained in bfloat16, which reaches a great deal further.
+    """
+    return x.clamp_(-_FP16_MOST, _FP16_MOST) if x.dtype == torch.float16 else x
+
+
+_FP16_MOST = torch.finfo(torch.float16).max
 
 
 def _fp8_product(x: Tensor, joined: Joined) -> Tensor:

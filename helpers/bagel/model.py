@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .config import BagelConfig
 from .context import Context
-from .decoder import Decoder
+from .decoder import EXPERTS, Decoder
 from .images import grid_rows, patchify
 from .layers import KERNELS, MLPConnector, PositionTable, TimestepEmbedder
 from .vision import VisionModel
@@ -16,40 +16,44 @@ from .vision import VisionModel
 class LanguageModel(nn.Module):
     """Decoder and vocabulary head."""
 
-    def __init__(self, config: BagelConfig):
+    def __init__(self, config: BagelConfig, experts: tuple[str, ...]):
         super().__init__()
-        self.model = Decoder(config.decoder)
+        self.model = Decoder(config.decoder, experts)
         self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
 
 
 class Bagel(nn.Module):
     """The tensors of `ema.safetensors`.
 
-    `image_markers` are the ids of vision_start and vision_end; `attention` names a kernel of `layers.KERNELS`.
+    `image_markers` are the ids of vision_start and vision_end; `attention` names a kernel of `layers.KERNELS`. Unless
+    it `draws`, what only the generation expert needs is left out.
     """
 
-    def __init__(self, config: BagelConfig, image_markers: tuple[int, int], attention: str = "sdpa"):
+    def __init__(
+        self, config: BagelConfig, image_markers: tuple[int, int], attention: str = "sdpa", draws: bool = True
+    ):
         super().__init__()
         hidden = config.decoder.hidden_size
-        self.config = config
+        self.config, self.draws = config, draws
         self.image_markers = image_markers
         self.kernel = KERNELS[attention]
-        self.language_model = LanguageModel(config)
+        self.language_model = LanguageModel(config, EXPERTS if draws else EXPERTS[:1])
         self.vit_model = VisionModel(config.vision)
         self.connector = MLPConnector(config.vision.hidden_size, hidden)
         self.vit_pos_embed = PositionTable(config.vit_side, hidden)
-        self.time_embedder = TimestepEmbedder(hidden)
-        self.vae2llm = nn.Linear(config.latent_dim, hidden)
-        self.llm2vae = nn.Linear(hidden, config.latent_dim)
-        self.latent_pos_embed = PositionTable(config.latent_side, hidden)
+        if draws:
+            self.time_embedder = TimestepEmbedder(hidden)
+            self.vae2llm = nn.Linear(config.latent_dim, hidden)
+            self.llm2vae = nn.Linear(hidden, config.latent_dim)
+            self.latent_pos_embed = PositionTable(config.latent_side, hidden)
 
     @property
     def device(self) -> torch.device:
-        return self.vae2llm.weight.device
+        return self.language_model.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vae2llm.weight.dtype
+        return self.language_model.model.norm.weight.dtype
 
     def new_context(self, batch: int, capacity: int, scratch: int) -> Context:
         """An empty context on the model's device; sizes in tokens a sample."""

@@ -22,10 +22,10 @@ from .text import TextCodec
 
 @dataclass(frozen=True)
 class Parts:
-    """A model that is ready to run."""
+    """A model that is ready to run; without an autoencoder it only reads."""
 
     model: Bagel
-    autoencoder: Autoencoder
+    autoencoder: Autoencoder | None
     codec: TextCodec
 
     @property

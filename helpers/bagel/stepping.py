@@ -78,13 +78,13 @@ class TokenStep:
     def _layer(self, layer: DecoderLayer, number: int, x: Tensor, sight: GrowingSight) -> Tensor:
         product, attention, mlp = self.kernels.row_product, layer.self_attn, layer.mlp
         norm = layer.input_layernorm
-        row = product(x, *attention.q_proj.joined, norm=norm.weight, eps=norm.eps)
+        row = product(x, *attention.q_proj.joined.for_a_row(), norm=norm.weight, eps=norm.eps)
         keys, values = sight.keys[number], sight.values[number]
         q = x.new_empty(1, 1, x.numel() // attention.head_dim, attention.head_dim)
         self.kernels.place_heads(
             row[None, None], None, attention.norms(""), self.rope, q, keys, values, self.slot, index=sight.index
         )
-        x = product(sight.look(number, q).flatten(), *attention.o_proj.joined, residual=x)
+        x = product(sight.look(number, q).flatten(), *attention.o_proj.joined.for_a_row(), residual=x)
         norm = layer.post_attention_layernorm
-        inner = product(x, *mlp.gate_proj.joined, norm=norm.weight, eps=norm.eps, gated=True)
-        return product(inner, *mlp.down_proj.joined, residual=x)
+        inner = product(x, *mlp.gate_proj.joined.for_a_row(), norm=norm.weight, eps=norm.eps, gated=True)
+        return product(inner, *mlp.down_proj.joined.for_a_row(), residual=x)

@@ -22,6 +22,7 @@ from ..bagel.autoencoder import Autoencoder
 from ..bagel.config import AutoencoderConfig, BagelConfig, VisionConfig
 from ..bagel.flow import FlowSettings, TaylorForecast, timesteps
 from ..bagel.images import fitted_size
+from ..bagel.packed import BYTES, Packed
 from ..bagel.session import block_tokens, latent_block
 from ..bagel.vision import VisionModel
 from .rates import Limits
@@ -136,17 +137,20 @@ def encoding(config: AutoencoderConfig, size: tuple[int, int]) -> Arithmetic:
 def token_bytes(bagel: BagelPipeline, weights: str, context: int = 0) -> int:
     """Bytes that writing a text token reads: the understanding expert, the output layer, `context` tokens' cache.
 
-    `weights` names the format: "fp8" holds the expert's linear layers in one byte each.
+    `weights` names the format, of the expert's linear layers alone.
     """
     decoder, size = bagel.config.decoder, bagel.model.dtype.itemsize
-    expert = expert_parameters(bagel.config) * (1 if weights == "fp8" else size)
+    expert = round(expert_parameters(bagel.config) * BYTES.get(weights, size))
     cached = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
     return expert + (decoder.vocab_size * decoder.hidden_size + context * cached) * size
 
 
 def weight_bytes(bagel: BagelPipeline) -> int:
     """Bytes that the loaded weights take: the model in its format, the autoencoder in float32."""
-    return sum(weight.nbytes for module in (bagel.model, bagel.autoencoder) for weight in module.parameters())
+    modules = [module for module in (bagel.model, bagel.autoencoder) if module is not None]
+    whole = sum(weight.nbytes for module in modules for weight in module.parameters())
+    joined = (layer.joined.weight for layer in bagel.model.modules() if hasattr(layer, "joined"))
+    return whole + sum(weight.nbytes for weight in joined if isinstance(weight, Packed))
 
 
 def _pass(config: BagelConfig, tokens: int, pairs: float) -> Arithmetic:

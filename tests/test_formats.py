@@ -1,0 +1,140 @@
+"""Weight formats from the outside: what `load_bagel` makes of a folder, what it keeps, and what it refuses."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from helpers import choices, load_bagel
+from helpers.bagel.decoder import FeedForward
+from helpers.bagel.images import open_picture
+from helpers.bagel.layers import finite, linears
+from helpers.bench.floors import weight_bytes
+
+FOLDER = ROOT / "tests" / "reference" / "checkpoint"
+PICTURE = ROOT / "tests" / "reference" / "tall.png"
+PACKED = ("int8", "int4", "nf4")
+DRAW = {"prompt": "the red cat", "height": 64, "width": 64, "num_timesteps": 5, "seed": 3}
+
+
+def load(folder=FOLDER, weights="fp32", **more):
+    return load_bagel(folder, weights=weights, device="cpu", attention="sdpa", **more)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    bagel = load()
+    return SimpleNamespace(bagel=bagel, latent=bagel.generate(**DRAW).latent)
+
+
+@pytest.mark.parametrize(
+    ("weights", "most"), [("fp16", 0.02), ("bf16", 0.1), ("int8", 0.05), ("nf4", 0.5), ("int4", 0.5)]
+)
+def test_a_format_draws_nearly_the_same_in_less_memory(exact, weights, most):
+    bagel = load(weights=weights)
+    error = (bagel.generate(**DRAW).latent - exact.latent).norm() / exact.latent.norm()
+    assert 0 < error < most
+    assert weight_bytes(bagel) < weight_bytes(exact.bagel)
+
+
+@pytest.mark.parametrize("weights", PACKED)
+def test_packed_weights_are_saved_and_loaded_without_the_original(tmp_path, weights):
+    bagel = load(weights=weights)
+    bagel.save(tmp_path / "packed")
+    assert (
+        sum(file.stat().st_size for file in (tmp_path / "packed").glob("ema*"))
+        < (FOLDER / "ema.safetensors").stat().st_size
+    )
+    again = load(tmp_path / "packed", "auto")
+    assert again.weights == weights and weight_bytes(again) == weight_bytes(bagel)
+    assert torch.equal(again.generate(**DRAW).latent, bagel.generate(**DRAW).latent)
+    with pytest.raises(FileExistsError, match="not empty"):
+        again.save(tmp_path / "packed")
+    with pytest.raises(ValueError, match=f"packed as {weights}.*'bf16'"):
+        load(tmp_path / "packed", "bf16")
+
+
+def test_what_cannot_be_saved_says_so(tmp_path, exact):
+    for bagel in (exact.bagel, load("random-tiny", "int8"), load(weights="int8", experts="understanding")):
+        with pytest.raises(ValueError, match="cannot be saved: load a folder whole, as one of int8"):
+            bagel.save(tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(OSError, match="GB do not fit .*name another disk"):
+        load(weights="int8").save(tmp_path / "packed")
+    assert not any((tmp_path / "packed").iterdir())
+
+
+def test_a_damaged_folder_of_packed_weights_names_what_is_wrong(tmp_path):
+    load(weights="int8").save(tmp_path)
+    file = tmp_path / "ema.safetensors"
+    tensors = load_file(file)
+    name = "language_model.model.layers.0.self_attn.q_proj.weight.scale"
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt", "bagel_weights": "int8"})
+    with pytest.raises(ValueError, match=f"1 missing: {name}"):
+        load(tmp_path, "auto")
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        load(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_the_understanding_half_answers_alike(exact, weights):
+    whole, half = load(weights=weights), load(weights=weights, experts="understanding")
+    ask = {"question": "What is it?", "max_new_tokens": 6}
+    assert half.understand(PICTURE, **ask).token_ids == whole.understand(PICTURE, **ask).token_ids
+    assert not any("_moe_gen" in name for name in half.model.state_dict())
+    assert weight_bytes(half) < 0.6 * weight_bytes(whole)
+    for ask in (lambda: half.generate("a cat"), lambda: half.edit(open_picture(PICTURE), "blue")):
+        with pytest.raises(ValueError, match="experts='understanding'.*'all'"):
+            ask()
+
+
+def test_unknown_formats_and_experts_are_refused():
+    with pytest.raises(ValueError, match="weights 'int3' must be one of auto, bf16, fp16.*int4"):
+        load(weights="int3")
+    with pytest.raises(ValueError, match="experts 'half' must be one of all, understanding"):
+        load(experts="half")
+
+
+def test_old_cards_compute_in_float16(monkeypatch):
+    """A T4, emulated: its capability is what the choice is made by."""
+    monkeypatch.setattr(choices, "_capability", lambda device: (7, 5))
+    card = torch.device("cuda")
+    assert choices._weights(card)[0] == "fp16"
+    assert choices._activations("int8", card) == torch.float16
+    assert choices._activations("bf16", card) == torch.bfloat16
+    monkeypatch.setattr(choices, "_capability", lambda device: (8, 0))
+    assert choices._activations("int8", card) == torch.bfloat16
+    assert "overflow" in choices._lacking_for_kernels(card, torch.float16)
+
+
+def test_float16_stays_finite_where_it_would_overflow():
+    """Products beyond 65,504: infinities, whose sum with others would be no numbers."""
+    torch.manual_seed(0)
+    part = FeedForward(64, 128).to(torch.float16)
+    part.gate_proj.weight.data *= 3e3
+    part.up_proj.weight.data *= 3e3
+    x = torch.randn(1, 5, 64, dtype=torch.float16) * 10
+    gate, up = (layer(x) for layer in (part.gate_proj, part.up_proj))
+    assert not torch.isfinite(torch.nn.functional.silu(gate) * up).all()
+    assert torch.isfinite(part(x)).all()
+    assert all(torch.isfinite(made).all() for made in linears(x * 100, [part.gate_proj]))
+    beyond = torch.tensor([1e30, -1e30], dtype=torch.bfloat16)
+    assert torch.equal(finite(beyond.clone()), beyond)
+
+
+def test_the_header_alone_tells_the_format(tmp_path):
+    load(weights="nf4").save(tmp_path)
+    with open(tmp_path / "ema.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert header["__metadata__"]["bagel_weights"] == "nf4"
+    assert header["language_model.model.layers.0.mlp_moe_gen.down_proj.weight.codes"]["dtype"] == "U8"
