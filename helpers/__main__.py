@@ -9,6 +9,7 @@ from importlib import import_module
 # Command -> the module whose `main(arguments)` runs it and returns the exit code, and what it does.
 COMMANDS = {
     "bench": ("helpers.bench.command", "time and memory of pictures, edits and answers on this device"),
+    "convert": ("helpers.convert", "a folder of weights in a smaller format, so that it loads at once"),
     "download": ("helpers.download.command", "fetch the weights, go on where it stopped, verify every byte"),
 }
 

@@ -15,12 +15,13 @@ from torch import nn
 from .bagel.autoencoder import Autoencoder
 from .bagel.config import BagelConfig, read_config
 from .bagel.decoder import DecoderLayer
-from .bagel.layers import join, pack, round_to_fp8
+from .bagel.layers import join, pack, replace_by_packed, round_to_fp8
 from .bagel.model import Bagel
-from .bagel.packed import BYTES, PACKERS, Room
+from .bagel.packed import BYTES, PACKERS, Packed, Room
 from .bagel.session import Parts
 from .bagel.text import TextCodec
 from .choices import Choices
+from .formats.df11_folder import Df11Folder, is_df11, read_df11
 from .formats.saved import packed_tensors, prepare, saved_format
 from .memory import check_room
 from .tensors import damaged, read_tensors
@@ -37,16 +38,28 @@ def load(folder: Path | str, choices: Choices) -> Parts:
     wrong shapes, MemoryError when the weights do not fit.
     """
     folder = Path(folder)
-    config = read_config(folder, tensor_shapes(folder / MODEL_FILE))
+    kind = folder_format(folder)
+    df11 = read_df11(folder) if kind == "df11" else None
+    config = read_config(folder, df11.tensors if df11 else tensor_shapes(folder / MODEL_FILE))
     codec = TextCodec(_tokenizer(folder))
     model, autoencoder = _empty_modules(config, codec, choices)
-    if saved_format(folder / MODEL_FILE):
+    if df11:
+        fill_df11(model, df11, choices)
+    elif kind:
         fill_packed(model, folder / MODEL_FILE, choices)
     else:
         fill(model, folder / MODEL_FILE, choices.device, choices.dtype, _rounding(choices))
     if autoencoder is not None:
-        fill(autoencoder, folder / AUTOENCODER_FILE, choices.device, torch.float32)
+        fill(autoencoder, df11.autoencoder if df11 else folder / AUTOENCODER_FILE, choices.device, torch.float32)
     return _ready(model, autoencoder, codec, choices)
+
+
+def folder_format(folder: Path) -> str | None:
+    """The format in which a folder has its weights already: "df11", or that of packed ones; None: as they were trained.
+
+    Raises ValueError for a damaged file.
+    """
+    return "df11" if is_df11(folder) else saved_format(folder / MODEL_FILE)
 
 
 def load_random(config: BagelConfig, tokenizer: Path, choices: Choices) -> Parts:
@@ -145,6 +158,42 @@ def fill_packed(model: Bagel, file: Path, choices: Choices) -> None:
     _compare(file, tensor_shapes(file), model.state_dict() | parts, left_out(model))
     allocate(model, choices.device, choices.dtype)
     read_tensors(file, model.state_dict() | parts)
+
+
+def fill_df11(model: Bagel, source: Df11Folder, choices: Choices) -> None:
+    """As `fill`, from a DFloat11 folder: with weights="df11" and kernels the layers stay compressed on the card."""
+    wanted = model.state_dict()
+    # Of compressed tensors a folder tells the sizes alone, which are compared when they are read.
+    found = {
+        name: source.tensors.get(name, tuple(wanted[name].shape) if name in wanted else ()) for name in source.names
+    }
+    _compare(source.folder, found, wanted, left_out(model))
+    if not choices.kernels:
+        return _fill(model, source.read, choices.device, choices.dtype, _rounding(choices))
+    from .formats.df11_weights import CardReader
+
+    reader = CardReader(source, choices.device)
+    if choices.weights == "df11":
+        _keep(model, reader.packed, reader.read, choices)
+    _fill(model, reader.read, choices.device, choices.dtype, _rounding(choices))
+
+
+def _keep(
+    model: Bagel,
+    packed: Callable[[list[str], tuple[int, int], Room], Packed],
+    read: Callable[[dict], None],
+    choices: Choices,
+) -> None:
+    """Give the decoder's layers weights as their source has them, which `packed` makes from names, shape and room.
+
+    `read` fills their biases.
+    """
+    names, room = {layer: name for name, layer in model.named_modules()}, _room(choices)
+    for layers in _groups(model):
+        shape = sum(layer.out_features for layer in layers), layers[0].in_features
+        weight = packed([f"{names[layer]}.weight" for layer in layers], shape, room)
+        replace_by_packed(layers, weight, choices.device, choices.dtype)
+        read({f"{names[layer]}.bias": layer.bias for layer in layers if layer.bias is not None})
 
 
 def left_out(module: nn.Module) -> tuple[str, ...]:
@@ -275,5 +324,5 @@ def _bytes(module: nn.Module, dtype: torch.dtype, weights: str = "") -> int:
     """Of the weights once they are loaded, and of the room in which packed ones are made whole."""
     groups = [sum(layer.weight.numel() for layer in group) for group in _groups(module)] if weights in BYTES else []
     plain = sum(p.numel() for p in module.parameters()) - sum(groups)
-    room = max(groups, default=0) if weights in PACKERS else 0
+    room = max(groups, default=0) if weights != "fp8" else 0
     return (plain + room) * dtype.itemsize + round(sum(groups) * BYTES.get(weights, 0))

@@ -17,8 +17,10 @@ WEIGHTS = {
     "bf16": {"cpu": torch.bfloat16, "cuda": torch.bfloat16},
     "fp16": {"cpu": torch.float16, "cuda": torch.float16},
     "fp32": {"cpu": torch.float32, "cuda": torch.float32},
-    **dict.fromkeys(("fp8", *PACKERS), {"cpu": torch.float32, "cuda": torch.bfloat16}),
+    **dict.fromkeys(("fp8", *PACKERS, "df11"), {"cpu": torch.float32, "cuda": torch.bfloat16}),
 }
+# Formats that weights must have in their folder already.
+BROUGHT = ("df11",)
 EXPERTS = ("all", "understanding")
 # The attention of a 1024x1024 picture of the released model beside its prompt: tokens, keys, heads, key heads, width.
 _MEASURED = (4098, 4162, 28, 4, 128)
@@ -60,6 +62,8 @@ def choose(device: str, weights: str, attention: str, experts: str = "all") -> C
         reasons.append(f"{attention} because {why}")
     _check_attention(attention, chosen, _activations(weights, chosen))
     lacking = _lacking_for_kernels(chosen, _activations(weights, chosen))
+    if weights == "df11" and lacking:
+        reasons.append(f"DFloat11 is unpacked while loading, because {lacking}")
     if chosen.type == "cuda":
         slower = f"plain layers, slower, because {lacking}"
         reasons.append(slower if lacking else "own kernels, which the first calls compile for some seconds")

@@ -25,9 +25,9 @@ from .bagel.images import fitted_size, open_picture
 from .bagel.packed import PACKERS
 from .bagel.session import Parts, Plan, Session, block_tokens, latent_block
 from .bagel.text import THINK_TO_ANSWER, THINK_TO_DRAW, split_thought
-from .checkpoint import MODEL_FILE, load, load_random, tensor_shapes
-from .choices import choose
-from .formats.saved import save, saved_format
+from .checkpoint import MODEL_FILE, folder_format, load, load_random, tensor_shapes
+from .choices import BROUGHT, choose
+from .formats.saved import save
 from .hub import RANDOM
 from .memory import explained
 
@@ -89,7 +89,8 @@ def load_bagel(
     `device`: "auto", "cpu", "cuda", "cuda:N". `attention`: "auto", "sdpa", "cudnn", "flash_attn". Prints what "auto"
     chose and why. `experts`: "all", or "understanding": half the memory, and questions alone.
 
-    A folder that `BagelPipeline.save` wrote has its format already. Errors: see `helpers.checkpoint.load`.
+    A folder that `BagelPipeline.save` or DFloat11 wrote has its format already, and "auto" keeps it. Errors: see
+    `helpers.checkpoint.load`.
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model {model!r} ({type(model).__name__}) must be 'tiny' or the name of a folder.")
@@ -100,8 +101,7 @@ def load_bagel(
             f"{name!r} is neither 'tiny' nor a folder here: name the folder that holds ema.safetensors; "
             "notebook 01 shows how to fetch it."
         )
-    weights = _with_saved(weights, folder)
-    choices = choose(device, weights, attention, experts)
+    choices = choose(device, _format(weights, folder), attention, experts)
     if "auto" in (weights, attention):
         print(f"{'tiny BAGEL' if name == 'tiny' else Path(name).name} on {choices.device}: {choices.reason}")
     if name not in RANDOM:
@@ -111,15 +111,20 @@ def load_bagel(
     return BagelPipeline(load_random(config, TINY, choices), name, choices.weights)
 
 
-def _with_saved(weights: str, folder: Path) -> str:
-    """The format of a folder of packed weights, otherwise the one asked for."""
-    saved = saved_format(folder / MODEL_FILE)
-    if saved and weights not in ("auto", saved):
+def _format(weights: str, folder: Path) -> str:
+    """What "auto" means where a folder has its weights in a format of its own. Raises ValueError for another wish."""
+    found = folder_format(folder)
+    if found in PACKERS and weights not in ("auto", found):
         raise ValueError(
-            f"{folder} holds weights packed as {saved}, which cannot become {weights!r}: leave weights out, or name "
+            f"{folder} holds weights packed as {found}, which cannot become {weights!r}: leave weights out, or name "
             "the folder of the original weights."
         )
-    return saved or weights
+    if weights in BROUGHT and weights != found:
+        raise ValueError(
+            f"{folder} is no folder of {weights!r} weights: leave weights out, or make one of it first "
+            "(python -m helpers convert)."
+        )
+    return found or weights if weights == "auto" else weights
 
 
 class BagelPipeline:

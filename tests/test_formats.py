@@ -13,7 +13,10 @@ from helpers import choices, load_bagel
 from helpers.bagel.decoder import FeedForward
 from helpers.bagel.images import open_picture
 from helpers.bagel.layers import finite, linears
+from helpers.bagel.packed import Room
 from helpers.bench.floors import weight_bytes
+from helpers.convert import main
+from helpers.formats.df11_folder import read_df11
 
 FOLDER = ROOT / "tests" / "reference" / "checkpoint"
 PICTURE = ROOT / "tests" / "reference" / "tall.png"
@@ -138,3 +141,91 @@ def test_the_header_alone_tells_the_format(tmp_path):
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     assert header["__metadata__"]["bagel_weights"] == "nf4"
     assert header["language_model.model.layers.0.mlp_moe_gen.down_proj.weight.codes"]["dtype"] == "U8"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The reference checkpoint in bfloat16, and compressed by DFloat11."""
+    plain, compressed = (tmp_path_factory.mktemp("weights") / name for name in ("plain", "compressed"))
+    shutil.copytree(FOLDER, plain)
+    weights = load_file(FOLDER / "ema.safetensors")
+    save_file({name: weight.bfloat16() for name, weight in weights.items()}, plain / "ema.safetensors")
+    assert main(["--model", str(plain), "--weights", "df11", "--out", str(compressed)]) == 0
+    return plain, compressed
+
+
+def test_dfloat11_loses_nothing(folders):
+    plain, compressed = (load(folder, "auto") for folder in folders)
+    assert compressed.weights == "df11"
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(compressed.model.state_dict()[name], weight)
+    half = load(folders[1], "int8", experts="understanding")
+    assert half.understand(PICTURE, "What is it?", max_new_tokens=3).token_ids
+
+
+def test_weights_are_found_in_their_block(folders):
+    """Queries, keys and values lie one behind the other in it; the output's weights come next."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from helpers.formats.df11_weights import CardReader
+
+    weights = load_file(folders[0] / "ema.safetensors")
+    head = "language_model.model.layers.1.self_attn."
+    names = [f"{head}{name}_proj.weight" for name in "qkv"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reader, room = CardReader(read_df11(folders[1]), device), Room(device, torch.float32, None)
+    expected = torch.cat([weights[name] for name in names])
+    packed = reader.packed(names, tuple(expected.shape), room)
+    assert torch.equal(packed.whole().cpu(), expected.float())
+    bias, out = torch.empty(64, device=device), torch.empty(64, 64, device=device)
+    reader.read({f"{head}q_proj.bias": bias, f"{head}o_proj.weight": out})
+    assert torch.equal(bias.cpu(), weights[f"{head}q_proj.bias"].float())
+    assert torch.equal(out.cpu(), weights[f"{head}o_proj.weight"].float())
+    with pytest.raises(ValueError, match="v_proj.weight does not follow .*q_proj.weight"):
+        reader.packed([names[0], names[2]], tuple(expected.shape), room)
+    with pytest.raises(ValueError, match=r"weights in its DFloat11 block instead of 4096"):
+        reader.packed(names, (64, 64), room)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card: Triton's interpreter takes five minutes")
+def test_layers_that_stay_compressed_compute_the_same(folders):
+    """With the decoder's kernels: of the layers nothing is whole but one matrix at a time."""
+    kept = load_bagel(folders[1], device="cuda", attention="sdpa")
+    plain = load_bagel(folders[0], weights="bf16", device="cuda", attention="sdpa").model
+    decoder = kept.model.language_model.model
+    assert not any("_proj.weight" in name for name in decoder.state_dict())
+    for name, weight in kept.model.state_dict().items():
+        assert torch.equal(weight, plain.state_dict()[name])
+    found, layer = decoder.layers[1], plain.language_model.model.layers[1]
+    for one, other in ((found.self_attn, layer.self_attn), (found.mlp_moe_gen, layer.mlp_moe_gen)):
+        for group, expected in zip(one.over_one_input(), other.over_one_input(), strict=True):
+            assert torch.equal(group[0].joined.matrix(), expected[0].joined.matrix())
+    ids = torch.tensor([5], device="cuda")
+    logits = [model.append_token(model.new_context(1, 8, 0), ids) for model in (kept.model, plain)]
+    assert torch.equal(*logits)
+
+
+def test_formats_that_a_folder_must_bring(folders):
+    with pytest.raises(ValueError, match="is no folder of 'df11' weights.*helpers convert"):
+        load(folders[0], "df11")
+
+
+def test_a_dfloat11_folder_of_another_model_says_what_differs(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "other")
+    file = tmp_path / "other" / "llm_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
+    with pytest.raises(ValueError, match=r"mlp.*gate_proj.weight has \d+ weights in its DFloat11 block instead of \d+"):
+        load(tmp_path / "other", "auto")
+
+
+@pytest.mark.parametrize("weights", PACKED)
+def test_the_command_writes_a_folder_that_loads(tmp_path, capsys, weights):
+    ask = ["--model", str(FOLDER), "--weights", weights, "--out", str(tmp_path / "new")]
+    assert main(ask) == 0
+    assert f"load_bagel('{tmp_path / 'new'}') loads it" in capsys.readouterr().out
+    assert load(tmp_path / "new", "auto").weights == weights
+    assert main(ask) == 1
+    assert "is not empty: name a new folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as wrong:
+        main(["--weights", "int3", "--out", str(tmp_path / "newer")])
+    assert wrong.value.code == 2

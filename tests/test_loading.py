@@ -96,7 +96,9 @@ def test_types_are_converted(tmp_path, dtype):
 
 def test_other_types_are_refused(tmp_path):
     save_file({"a": torch.zeros(2), "b": torch.zeros(3, dtype=torch.float64)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"x.safetensors holds b as F64, which must be one of F32, BF16, F16, I8, U8: use"):
+    with pytest.raises(
+        ValueError, match=r"x.safetensors holds b as F64, which must be one of F32, BF16, F16, I8, U8: use"
+    ):
         read_tensors(tmp_path / "x.safetensors", {"b": torch.zeros(3)})
 
 

@@ -176,8 +176,8 @@ class FourBits(Packed):
 PACKERS = {"int8": Int8.of, "int4": FourBits.int4, "nf4": FourBits.nf4}
 # Format -> what makes room for such a matrix, to be read from a file.
 EMPTY = {"int8": Int8.empty, "int4": FourBits.empty_int4, "nf4": FourBits.empty_nf4}
-# Format -> bytes of a weight in large matrices, scales included.
-BYTES = {"fp8": 1.0, "int8": 1.0, "int4": 0.5 + 4 / INT4_GROUP, "nf4": 0.5 + 2 / NF4_GROUP}
+# Format -> bytes of a weight in large matrices, scales included; DFloat11's as measured on normal random weights.
+BYTES = {"fp8": 1.0, "int8": 1.0, "int4": 0.5 + 4 / INT4_GROUP, "nf4": 0.5 + 2 / NF4_GROUP, "df11": 1.37}
 
 
 @cache

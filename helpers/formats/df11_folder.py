@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..tensors import damaged
-from .df11 import BYTES, THREADS, Block, compress
+from .df11 import BYTES, THREADS, Block, compress, decompress
 
 VERSION = "0.5.0"
 READABLE = ("0.2", "0.3", "0.4", "0.5")  # the package's versions that write the same tensors
@@ -70,8 +70,41 @@ class Df11Folder:
             return tensors.get_tensor(name)
 
     @property
+    def names(self) -> set[str]:
+        """Of all weights, compressed or not."""
+        return {*self.tensors, *(name for names in self.blocks.values() for name in names)}
+
+    def read(self, targets: dict[str, Tensor]) -> None:
+        """Fill the targets with tensors of these names, decoded by the processor."""
+        for module, names in self.blocks.items():
+            if any(name in targets for name in names):
+                for name, numbers in zip(names, decompress(self.block(module)), strict=True):
+                    if name in targets:
+                        check_size(name, numbers.numel(), targets[name])
+                        targets[name].copy_(numbers.view(targets[name].shape))
+        for name in self.tensors.keys() & targets.keys():
+            targets[name].copy_(self.tensor(name))
+
+    @property
     def autoencoder(self) -> Path:
         return self.folder / AUTOENCODER_FILE
+
+
+def check_size(name: str, weights: int, target: Tensor) -> None:
+    """Raise ValueError where a compressed tensor has not as many weights as the one that takes them."""
+    if weights != target.numel():
+        raise ValueError(
+            f"{name} has {weights} weights in its DFloat11 block instead of {target.numel()} ({list(target.shape)}): "
+            "use the configuration that belongs to these weights."
+        )
+
+
+def is_df11(folder: Path | str) -> bool:
+    """Whether a folder's configuration says that its weights are compressed."""
+    try:
+        return "dfloat11_config" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_df11(folder: Path | str) -> Df11Folder:
