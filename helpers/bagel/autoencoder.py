@@ -49,8 +49,30 @@ def _in_strips(step: Step, x: Tensor, most: float, halo: int = 1, scale: float =
     return whole
 
 
+class _Norm(nn.GroupNorm):
+    """PyTorch's, but exact and faster on a processor with the channels last.
+
+    There PyTorch takes the variance as the difference of two large numbers: a flat picture loses two digits.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [batch, height * width, channels]
+        mean = self._of_groups(pixels.mean(1))
+        variance = self._of_groups((pixels - mean[:, None]).square_().mean(1))
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift[..., None, None], x, scale[..., None, None])
+
+    def _of_groups(self, values: Tensor) -> Tensor:
+        """The mean of each group's channels in the place of theirs, [batch, channels]."""
+        groups = values.unflatten(1, (self.num_groups, -1))
+        return groups.mean(2, keepdim=True).expand_as(groups).flatten(1)
+
+
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return _Norm(32, channels, eps=1e-6)
 
 
 def _with_norm_of(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Step:
