@@ -7,7 +7,10 @@ import sys
 from importlib import import_module
 
 # Command -> the module whose `main(arguments)` runs it and returns the exit code, and what it does.
-COMMANDS = {"bench": ("helpers.bench.command", "time and memory of pictures, edits and answers on this device")}
+COMMANDS = {
+    "bench": ("helpers.bench.command", "time and memory of pictures, edits and answers on this device"),
+    "verify": ("helpers.verify.command", "the official code and this one on the same weights, compared"),
+}
 
 
 def main(arguments: list[str]) -> int:
