@@ -61,6 +61,8 @@ def _verify(given: argparse.Namespace) -> int:
 def _official(given: argparse.Namespace, folder: Path) -> tuple[Works, Vectors]:
     """The works for this checkpoint, done by the official code; saved if that was asked."""
     choices = choose(given.device, given.weights, "sdpa")
+    if choices.device.type == "cpu" and choices.weights == "bf16":
+        raise WrongUseError("The official code computes in bfloat16 on CUDA cards alone: use --weights fp32 here.")
     config = read_config(folder, tensor_shapes(folder / MODEL_FILE))
     wanted = {name: getattr(given, name) or value for name, value in SIZES.items()}
     wanted["size"] = given.size or min(config.native_side, SIZES["size"])
@@ -134,9 +136,7 @@ def _check(given: argparse.Namespace) -> None:
     alone |= {f"--{name.replace('_', '-')}": getattr(given, name) for name in SIZES}
     useless = [name for name, value in alone.items() if value is not None]
     if useless and not given.official:
-        raise WrongUseError(
-            f"{', '.join(useless)} belong to a run of the official code: they need --official CHECKOUT."
-        )
+        raise WrongUseError(f"{', '.join(useless)} belong to a run of the official code: add --official CHECKOUT.")
     if given.save and not given.save.absolute().parent.is_dir():
         raise WrongUseError(f"--save {given.save}: there is no folder {given.save.parent}.")
 
@@ -154,12 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--python", metavar="PATH", help="the Python of the official environment (default: this one)")
     add("--vectors", type=Path, metavar="FILE", help="compare with what --save wrote, instead of a checkout")
     add("--save", type=Path, metavar="FILE", help="keep the official side's vectors, to carry them elsewhere")
-    add(
-        "--weights",
-        default="auto",
-        choices=("auto", "bf16", "fp32"),
-        help="of both sides (default: bf16 on a card that has it)",
-    )
+    weights = "of both sides (default: bf16 on a card that computes in it, else fp32; those of the vectors)"
+    add("--weights", default="auto", choices=("auto", "bf16", "fp32"), help=weights)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--num-timesteps", type=int, metavar="N", help=f"of every picture (default: {SIZES['num_timesteps']})")
     size = f"longest side of every picture (default: {SIZES['size']}, or the model's own if that is less)"

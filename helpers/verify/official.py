@@ -21,6 +21,7 @@ import sys
 import time
 import types
 from contextlib import contextmanager
+from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 
@@ -203,7 +204,7 @@ class Official:
 
         own = _json(folder, "config.json") if os.path.exists(os.path.join(folder, "config.json")) else {}
         self.autoencoder, vae_config = _autoencoder(folder, own)
-        self.model = _model(folder, own, vae_config, self.device, self.weights)
+        self.model = _model(folder, own, vae_config, self.device, self.weights, self.attention)
         tokenizer, self.ids, _ = add_special_tokens(Qwen2Tokenizer.from_pretrained(folder))
         vae, vit = own.get("vae_transform"), own.get("vit_transform")
         self.vae_transform = ImageTransform(*(_limits(vae) if vae else (1024, 512, 16)))
@@ -249,7 +250,7 @@ class Official:
         tensors, seconds, peaks = {}, {}, {}
         for name, case in cases.items():
             work = getattr(self, kind(name))
-            made, seconds[name], peaks[name] = timed(lambda n=name, c=case, w=work: w(n, c), self.device)
+            made, seconds[name], peaks[name] = timed(partial(work, name, case), self.device)
             tensors.update({f"{name}.{field}": _plain(value) for field, value in made.items()})
             say(f"{name}, {seconds[name]:.3f} s")
         return tensors, seconds, peaks
@@ -362,13 +363,13 @@ def _autoencoder(folder, own):
     file, sizes = os.path.join(folder, "ae.safetensors"), own.get("vae_config") or {}
     if "ch" not in sizes:
         return load_ae(local_path=file)
-    parameters = AutoEncoderParams(**sizes)
+    parameters = AutoEncoderParams(**{"resolution": 256, **sizes})  # the weights do not depend on it
     autoencoder = AutoEncoder(parameters)
     autoencoder.load_state_dict(load_file(file))
     return autoencoder, parameters
 
 
-def _model(folder, own, vae_config, device, weights):
+def _model(folder, own, vae_config, device, weights, attention):
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
     from modeling.bagel import (
         Bagel,
@@ -383,6 +384,9 @@ def _model(folder, own, vae_config, device, weights):
     llm_config = Qwen2Config.from_json_file(os.path.join(folder, "llm_config.json"))
     llm_config.qk_norm, llm_config.tie_word_embeddings = True, False
     llm_config.layer_module = "Qwen2MoTDecoderLayer"
+    if attention == SDPA:
+        # transformers would look for the installed package; the checkout's own layers do not read this.
+        llm_config._attn_implementation = "eager"
     vit_config = SiglipVisionConfig.from_json_file(os.path.join(folder, "vit_config.json"))
     vit_config.rope = False
     vit_config.num_hidden_layers -= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ..bagel.flow import timesteps
 from ..bagel.images import grid_rows, open_picture, resize, to_pixels
 from ..bagel.session import Plan, Session, block_tokens
 from ..bagel.text import THINK_TO_ANSWER
+from ..memory import explained
 from ..pipeline import BagelPipeline
 from .exchange import Vectors
 from .official import device_name, kind, timed, versions
@@ -29,14 +31,14 @@ def run_ours(
     """What a loaded model finds. `fed`: the official tokens [n] of the cases that write, by name, which it is fed to
     give its logits for the same text.
 
-    Errors: those of the verbs.
+    Errors: those of the verbs, MemoryError among them.
     """
     ours, device = Ours(bagel, works, fed), bagel.model.device
     tensors, seconds, peaks = {}, {}, {}
     for name, case in works.cases.items():
-        work = getattr(ours, kind(name))
-        made, seconds[name], peaks[name] = timed(lambda n=name, c=case, w=work: w(n, c), device)
-        made = made | ours.beside(name, case)
+        work = partial(explained, partial(getattr(ours, kind(name)), name, case), device)
+        made, seconds[name], peaks[name] = timed(work, device)
+        made = made | explained(partial(ours.beside, name, case), device)
         tensors.update({f"{name}.{field}": _plain(value) for field, value in made.items()})
         say(f"ours: {name}, {seconds[name]:.3f} s")
     facts = {

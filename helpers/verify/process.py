@@ -63,8 +63,8 @@ def run_official(
 ) -> Vectors:
     """The official code's vectors, from a process of `python` that ends before this returns.
 
-    Raises WrongUseError for a folder that is no checkout, a Python that is none and an environment that lacks a package,
-    NotProvenError, with the last lines, for a run that dies.
+    Raises WrongUseError for a folder that is no checkout, a Python that cannot be run and an environment that lacks a
+    package; NotProvenError, with the last lines, for a run that dies.
     """
     check_checkout(checkout)
     request = {"checkout": str(checkout.resolve()), "model": str(model.resolve()), "weights": weights, "device": device}

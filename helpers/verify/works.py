@@ -17,6 +17,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -75,9 +76,7 @@ def drawn_works(config: BagelConfig, sizes: Sizes) -> Works:
     side, stride = sizes.size, config.latent_stride
     if side % stride or side > config.native_side:
         raise ValueError(f"size {side} must be a multiple of {stride}, at most {config.native_side} for this model.")
-    # Wider than high, so that rows taken for columns are found.
-    picture = scene(side).crop((0, 0, side, max(stride, 3 * side // 4)))
-    height = max(stride, 3 * side // 4 // stride * stride)
+    height = max(stride, 3 * side // 4 // stride * stride)  # so that rows taken for columns are found
     steps = {"num_timesteps": sizes.num_timesteps}
     asked = {"inputs": ["img:scene", QUESTION]}
     return Works(
@@ -89,8 +88,16 @@ def drawn_works(config: BagelConfig, sizes: Sizes) -> Works:
             "draw": {"inputs": [PROMPT], "seed": 1, "options": {**DRAW, **steps, "image_shapes": [height, side]}},
             "edit": {"inputs": ["img:scene", INSTRUCTION], "seed": 2, "options": {**EDIT, **steps}},
         },
-        pictures={"scene": picture},
+        pictures={"scene": grained(scene(side).crop((0, 0, side, height)))},
     )
+
+
+def grained(picture: Image.Image) -> Image.Image:
+    """A flat drawing with light that falls off to one side and the grain of a photograph."""
+    values = np.asarray(picture) * 0.75
+    light = np.linspace(0, 48, picture.width)[None, :, None]
+    grain = np.random.default_rng(0).integers(0, 16, values.shape)
+    return Image.fromarray((values + light + grain).astype(np.uint8))
 
 
 def reference_works() -> Works:
