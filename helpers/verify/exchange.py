@@ -46,10 +46,10 @@ class Checkpoint:
 
 def pictures_as_tensors(works: Works) -> dict[str, Tensor]:
     """The pictures as uint8 [height, width, 3 or 4], named picture.NAME; with transparency 4 channels."""
-    return {f"picture.{name}": torch.from_numpy(np.array(_plain(one))) for name, one in works.pictures.items()}
+    return {f"picture.{name}": torch.from_numpy(np.array(_rgb(one))) for name, one in works.pictures.items()}
 
 
-def _plain(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image) -> Image.Image:
     clear = picture.mode == "RGBA" or picture.info.get("transparency") is not None
     return picture.convert("RGBA" if clear else "RGB")
 

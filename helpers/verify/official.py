@@ -251,7 +251,7 @@ class Official:
         for name, case in cases.items():
             work = getattr(self, kind(name))
             made, seconds[name], peaks[name] = timed(partial(work, name, case), self.device)
-            tensors.update({f"{name}.{field}": _plain(value) for field, value in made.items()})
+            tensors.update({f"{name}.{field}": plain(value) for field, value in made.items()})
             say(f"{name}, {seconds[name]:.3f} s")
         return tensors, seconds, peaks
 
@@ -423,7 +423,8 @@ def _limits(rule):
     return rule["max_size"], rule["min_size"], rule["stride"]
 
 
-def _plain(value):
+def plain(value):
+    """A tensor as it is exchanged: on the processor, numbers with a point as float32."""
     value = value.detach().cpu().contiguous()
     return value.float() if value.is_floating_point() else value
 

@@ -17,7 +17,7 @@ from ..bagel.text import THINK_TO_ANSWER
 from ..memory import explained
 from ..pipeline import BagelPipeline
 from .exchange import Vectors
-from .official import device_name, kind, timed, versions
+from .official import device_name, kind, plain, timed, versions
 from .works import Works, noise_of
 
 
@@ -39,7 +39,7 @@ def run_ours(
         work = partial(explained, partial(getattr(ours, kind(name)), name, case), device)
         made, seconds[name], peaks[name] = timed(work, device)
         made = made | explained(partial(ours.beside, name, case), device)
-        tensors.update({f"{name}.{field}": _plain(value) for field, value in made.items()})
+        tensors.update({f"{name}.{field}": plain(value) for field, value in made.items()})
         say(f"ours: {name}, {seconds[name]:.3f} s")
     facts = {
         "origin": "this code",
@@ -174,8 +174,3 @@ def our_options(options: dict) -> dict:
     if "max_think_token_n" in ours:
         ours["max_think_tokens"] = ours.pop("max_think_token_n") - 1
     return ours
-
-
-def _plain(value: Tensor) -> Tensor:
-    value = value.detach().cpu().contiguous()
-    return value.float() if value.is_floating_point() else value
