@@ -49,7 +49,7 @@ class Bagel(nn.Module):
 
     def prepare_vae_latent(self, curr_kvlens, curr_rope, image_sizes, new_token_ids):
         (height, width) = image_sizes[0]
-        return {"packed_init_noises": torch.randn(height // 16 * (width // 16), 4 * self.latent_channel)}
+        return {"packed_init_noises": torch.zeros(height // 16 * (width // 16), 4 * self.latent_channel)}
 
     def generate_image(self, packed_init_noises, case, num_timesteps, timestep_shift):
         """Follows the recorded path, as long as it starts from the recorded noise."""
