@@ -1,0 +1,3 @@
+from transformers import Qwen2Tokenizer
+
+__all__ = ["Qwen2Tokenizer"]
