@@ -158,7 +158,7 @@ def _reader(file: Path):
     try:
         return gguf.GGUFReader(file, "r")
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        if unknown := re.match(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
+        if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
             raise _unsupported(file, f"the type number {unknown[1]}") from error
         raise damaged(file, error) from error
 
