@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,8 @@ from .bagel.session import Parts
 from .bagel.text import TextCodec
 from .choices import Choices
 from .formats.df11_folder import Df11Folder, is_df11, read_df11
+from .formats.gguf import Gguf, open_gguf
+from .formats.gguf_weights import GgufReader, bytes_of_a_weight, gguf_file
 from .formats.saved import packed_tensors, prepare, saved_format
 from .memory import check_room
 from .tensors import damaged, read_tensors
@@ -32,34 +35,63 @@ GENERATION = ("_moe_gen", "time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_
 
 
 def load(folder: Path | str, choices: Choices) -> Parts:
-    """The model, autoencoder and text codec of an official BAGEL folder, each tensor read straight to the device.
+    """The model, autoencoder and text codec of a BAGEL folder, each tensor read straight to the device.
+
+    The folder is an official one, one of packed weights or of DFloat11; or it is a GGUF with the other files beside it.
 
     Raises FileNotFoundError for a missing file, ValueError for damaged files, unexpected or missing tensors and
     wrong shapes, MemoryError when the weights do not fit.
     """
-    folder = Path(folder)
-    kind = folder_format(folder)
-    df11 = read_df11(folder) if kind == "df11" else None
-    config = read_config(folder, df11.tensors if df11 else tensor_shapes(folder / MODEL_FILE))
-    codec = TextCodec(_tokenizer(folder))
-    model, autoencoder = _empty_modules(config, codec, choices)
-    if df11:
-        fill_df11(model, df11, choices)
-    elif kind:
-        fill_packed(model, folder / MODEL_FILE, choices)
-    else:
-        fill(model, folder / MODEL_FILE, choices.device, choices.dtype, _rounding(choices))
+    source = _Source.of(Path(folder))
+    config = read_config(source.folder, source.shapes)
+    codec = TextCodec(_tokenizer(source.folder))
+    model, autoencoder = _empty_modules(config, codec, choices, source.bytes)
+    source.fill(model, choices)
     if autoencoder is not None:
-        fill(autoencoder, df11.autoencoder if df11 else folder / AUTOENCODER_FILE, choices.device, torch.float32)
+        fill(autoencoder, source.autoencoder, choices.device, torch.float32)
     return _ready(model, autoencoder, codec, choices)
 
 
-def folder_format(folder: Path) -> str | None:
-    """The format in which a folder has its weights already: "df11", or that of packed ones; None: as they were trained.
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights of a model come from.
 
-    Raises ValueError for a damaged file.
+    `kind`: the format that they have already ("gguf", "df11", that of packed ones); None: as they were trained.
+    `shapes`: of its tensors by name, of DFloat11 those that are not compressed. `fill(model, choices)` reads them.
+    `bytes`: of a weight of the layers, where the format does not tell.
     """
-    return "df11" if is_df11(folder) else saved_format(folder / MODEL_FILE)
+
+    folder: Path
+    kind: str | None
+    shapes: dict[str, tuple[int, ...]]
+    fill: Callable[[Bagel, Choices], None]
+    autoencoder: Path
+    bytes: float | None = None
+
+    @classmethod
+    def of(cls, model: Path) -> _Source:
+        """Raises FileNotFoundError or ValueError for files that are missing or damaged."""
+        kind = folder_format(model)
+        if kind == "gguf":
+            gguf = open_gguf(gguf_file(model))
+            folder, fills = gguf.file.parent, partial(fill_gguf, source=gguf)
+            return cls(folder, kind, gguf.shapes, fills, folder / AUTOENCODER_FILE, bytes_of_a_weight(gguf))
+        if kind == "df11":
+            df11 = read_df11(model)
+            return cls(model, kind, df11.tensors, partial(fill_df11, source=df11), df11.autoencoder)
+        file = model / MODEL_FILE
+        fills = partial(fill_packed, file=file) if kind else partial(_fill_plain, file=file)
+        return cls(model, kind, tensor_shapes(file), fills, model / AUTOENCODER_FILE)
+
+
+def folder_format(model: Path) -> str | None:
+    """The format in which a folder, or the file of a GGUF, has its weights already; None: as they were trained.
+
+    Raises ValueError for a damaged file, and for a folder with several GGUFs.
+    """
+    if gguf_file(model):
+        return "gguf"
+    return "df11" if is_df11(model) else saved_format(model / MODEL_FILE)
 
 
 def load_random(config: BagelConfig, tokenizer: Path, choices: Choices) -> Parts:
@@ -87,13 +119,15 @@ def _write_words_alone(model: Bagel, codec: TextCodec) -> None:
     head[silent] = 0
 
 
-def _empty_modules(config: BagelConfig, codec: TextCodec, choices: Choices) -> tuple[Bagel, Autoencoder | None]:
+def _empty_modules(
+    config: BagelConfig, codec: TextCodec, choices: Choices, layer_bytes: float | None = None
+) -> tuple[Bagel, Autoencoder | None]:
     """Modules without storage. Raises MemoryError when their weights would not fit."""
     draws = choices.experts == "all"
     with torch.device("meta"):
         model = Bagel(config, codec.image_markers, choices.attention, draws)
         autoencoder = Autoencoder(config.autoencoder) if draws else None
-    needed = _bytes(model, choices.dtype, choices.weights)
+    needed = _bytes(model, choices.dtype, choices.weights, layer_bytes)
     needed += _bytes(autoencoder, torch.float32) if draws else 0
     check_room(needed, choices.weights, choices.device)
     return model, autoencoder
@@ -151,7 +185,11 @@ def fill(
     _fill(module, partial(read_tensors, file), device, dtype, rounding)
 
 
-def fill_packed(model: Bagel, file: Path, choices: Choices) -> None:
+def _fill_plain(model: Bagel, choices: Choices, file: Path) -> None:
+    fill(model, file, choices.device, choices.dtype, _rounding(choices))
+
+
+def fill_packed(model: Bagel, choices: Choices, file: Path) -> None:
     """As `fill`, from a file of weights that were packed before (`formats.saved`)."""
     prepare(choices.weights, _groups(model), _room(choices), choices.dtype)
     parts = packed_tensors(model)
@@ -160,7 +198,16 @@ def fill_packed(model: Bagel, file: Path, choices: Choices) -> None:
     read_tensors(file, model.state_dict() | parts)
 
 
-def fill_df11(model: Bagel, source: Df11Folder, choices: Choices) -> None:
+def fill_gguf(model: Bagel, choices: Choices, source: Gguf) -> None:
+    """As `fill`, from a GGUF: with weights="gguf" the layers stay as they are there."""
+    _compare(source.file, source.shapes, model.state_dict(), left_out(model))
+    reader = GgufReader(source, choices.device)
+    if choices.weights == "gguf":
+        _keep(model, reader.packed, reader.read, choices)
+    _fill(model, reader.read, choices.device, choices.dtype, _rounding(choices))
+
+
+def fill_df11(model: Bagel, choices: Choices, source: Df11Folder) -> None:
     """As `fill`, from a DFloat11 folder: with weights="df11" and kernels the layers stay compressed on the card."""
     wanted = model.state_dict()
     # Of compressed tensors a folder tells the sizes alone, which are compared when they are read.
@@ -320,9 +367,13 @@ def _tokenizer(folder: Path):
         ) from error
 
 
-def _bytes(module: nn.Module, dtype: torch.dtype, weights: str = "") -> int:
-    """Of the weights once they are loaded, and of the room in which packed ones are made whole."""
-    groups = [sum(layer.weight.numel() for layer in group) for group in _groups(module)] if weights in BYTES else []
+def _bytes(module: nn.Module, dtype: torch.dtype, weights: str = "", layer_bytes: float | None = None) -> int:
+    """Of the weights once they are loaded, and of the room in which packed ones are made whole.
+
+    `layer_bytes`: of a weight of the decoder's layers, where the format does not tell.
+    """
+    each = layer_bytes if weights == "gguf" else BYTES.get(weights)
+    groups = [sum(layer.weight.numel() for layer in group) for group in _groups(module)] if each else []
     plain = sum(p.numel() for p in module.parameters()) - sum(groups)
     room = max(groups, default=0) if weights != "fp8" else 0
-    return (plain + room) * dtype.itemsize + round(sum(groups) * BYTES.get(weights, 0))
+    return (plain + room) * dtype.itemsize + round(sum(groups) * (each or 0))

@@ -17,10 +17,10 @@ WEIGHTS = {
     "bf16": {"cpu": torch.bfloat16, "cuda": torch.bfloat16},
     "fp16": {"cpu": torch.float16, "cuda": torch.float16},
     "fp32": {"cpu": torch.float32, "cuda": torch.float32},
-    **dict.fromkeys(("fp8", *PACKERS, "df11"), {"cpu": torch.float32, "cuda": torch.bfloat16}),
+    **dict.fromkeys(("fp8", *PACKERS, "df11", "gguf"), {"cpu": torch.float32, "cuda": torch.bfloat16}),
 }
 # Formats that weights must have in their folder already.
-BROUGHT = ("df11",)
+BROUGHT = ("df11", "gguf")
 EXPERTS = ("all", "understanding")
 # The attention of a 1024x1024 picture of the released model beside its prompt: tokens, keys, heads, key heads, width.
 _MEASURED = (4098, 4162, 28, 4, 128)

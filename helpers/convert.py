@@ -8,23 +8,30 @@ from pathlib import Path
 
 from .bagel.packed import PACKERS
 from .formats.df11_folder import write_df11
+from .formats.gguf import write_gguf
+from .formats.gguf_rounding import TYPES
+from .formats.saved import prepare_folder
 from .pipeline import TINY, load_bagel
 from .workbook import anchor
 
-FORMATS = (*PACKERS, "df11")
+FORMATS = (*PACKERS, "df11", "gguf")
 
 
-def convert(model: str, weights: str, target: Path | str) -> Path:
+def convert(model: str, weights: str, target: Path | str, type: str = "Q8_0") -> Path:
     """Write the weights of "tiny" or of an official folder to the new folder `target`, in one of `FORMATS`.
 
-    DFloat11 loses nothing. Raises ValueError for another format, FileNotFoundError or FileExistsError for folders,
-    OSError where the disk has too little room.
+    DFloat11 loses nothing. `type`: of a GGUF's matrices. Raises ValueError for another format, FileNotFoundError or
+    FileExistsError for folders, OSError where the disk has too little room, ImportError without the package `gguf`.
     """
     if weights not in FORMATS:
         raise ValueError(f"weights {weights!r} must be one of {', '.join(FORMATS)}.")
     source, target = TINY if model == "tiny" else anchor(model), anchor(target)
     if weights == "df11":
         write_df11(source, target, lambda module: print(f"compressed {module}", flush=True))
+        return target
+    if weights == "gguf":
+        prepare_folder(source, target, needed=0)  # it looks itself how much room its own file finds
+        print(write_gguf(source, target / f"bagel-{type}.gguf", type))
         return target
     bagel = load_bagel(source, weights)
     bagel.save(target)
@@ -42,11 +49,12 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--model", default="tiny", help='"tiny" or the folder of the weights')
     parser.add_argument("--weights", required=True, choices=FORMATS, help="the format; df11 loses nothing")
+    parser.add_argument("--type", default="Q8_0", choices=TYPES, help="of a GGUF's matrices (default: Q8_0)")
     parser.add_argument("--out", required=True, type=Path, help="the new folder")
     asked = parser.parse_args(arguments)
     try:
-        folder = convert(asked.model, asked.weights, asked.out)
-    except (OSError, ValueError, MemoryError) as error:
+        folder = convert(asked.model, asked.weights, asked.out, asked.type)
+    except (OSError, ValueError, MemoryError, ImportError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -89,14 +89,14 @@ def load_bagel(
     `device`: "auto", "cpu", "cuda", "cuda:N". `attention`: "auto", "sdpa", "cudnn", "flash_attn". Prints what "auto"
     chose and why. `experts`: "all", or "understanding": half the memory, and questions alone.
 
-    A folder that `BagelPipeline.save` or DFloat11 wrote has its format already, and "auto" keeps it. Errors: see
-    `helpers.checkpoint.load`.
+    A folder that `BagelPipeline.save` or DFloat11 wrote and a GGUF (a file, or a folder with one) have their format
+    already, and "auto" keeps it. Errors: see `helpers.checkpoint.load`.
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model {model!r} ({type(model).__name__}) must be 'tiny' or the name of a folder.")
     name = str(model)
     folder = TINY if name in ("tiny", *RANDOM) else Path(name)
-    if not folder.is_dir():
+    if not (folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file())):
         raise FileNotFoundError(
             f"{name!r} is neither 'tiny' nor a folder here: name the folder that holds ema.safetensors; "
             "notebook 01 shows how to fetch it."

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from helpers import choices, load_bagel
+from helpers import checkpoint, choices, load_bagel
 from helpers.bagel.decoder import FeedForward
 from helpers.bagel.images import open_picture
 from helpers.bagel.layers import finite, linears
@@ -204,9 +204,48 @@ def test_layers_that_stay_compressed_compute_the_same(folders):
     assert torch.equal(*logits)
 
 
-def test_formats_that_a_folder_must_bring(folders):
-    with pytest.raises(ValueError, match="is no folder of 'df11' weights.*helpers convert"):
-        load(folders[0], "df11")
+@pytest.mark.parametrize("weights", ["df11", "gguf"])
+def test_formats_that_a_folder_must_bring(folders, weights):
+    with pytest.raises(ValueError, match=f"is no folder of '{weights}' weights.*helpers convert"):
+        load(folders[0], weights)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
+def test_a_gguf_stays_as_it_is_or_becomes_whole(folders, tmp_path, kind):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    ask = ["--model", str(folders[0]), "--weights", "gguf", "--type", kind, "--out", str(tmp_path / "new")]
+    assert main(ask) == 0
+    file = tmp_path / "new" / f"bagel-{kind}.gguf"
+    kept, whole, original = load(tmp_path / "new", "auto"), load(file, "fp32"), load(folders[0])
+    assert (kept.weights, whole.weights) == ("gguf", "fp32")
+    assert weight_bytes(kept) < weight_bytes(whole)
+    latent = kept.generate(**DRAW).latent
+    assert torch.equal(latent, whole.generate(**DRAW).latent)
+    error = (latent - original.generate(**DRAW).latent).norm() / latent.norm()
+    assert error < 0.05 and (error == 0) == (kind == "BF16")
+    half = load(file, "auto", experts="understanding")
+    ask = {"question": "What is it?", "max_new_tokens": 4}
+    assert half.understand(PICTURE, **ask).token_ids == kept.understand(PICTURE, **ask).token_ids
+    shutil.copyfile(file, tmp_path / "new" / "other.gguf")
+    with pytest.raises(ValueError, match=f"has bagel-{kind}.gguf, other.gguf: name the file"):
+        load(tmp_path / "new", "auto")
+
+
+def test_what_a_load_will_take_is_known_before(folders, tmp_path, monkeypatch):
+    """The room for packed weights included: what is asked for before anything is read is what then lies there."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    assert main(["--model", str(folders[0]), "--weights", "gguf", "--out", str(tmp_path / "new")]) == 0
+    asked = []
+    monkeypatch.setattr(checkpoint, "check_room", lambda needed, *_: asked.append(needed))
+    for folder, weights in [(folders[0], kind) for kind in ("fp32", "bf16", *PACKED)] + [(tmp_path / "new", "gguf")]:
+        bagel = load(folder, weights)
+        rooms = {
+            layer.joined.weight.room
+            for layer in bagel.model.modules()
+            if hasattr(layer, "joined") and weights not in ("fp32", "bf16")
+        }
+        taken = weight_bytes(bagel) + sum(room.buffer.nbytes for room in rooms)
+        assert asked.pop() == pytest.approx(taken, rel=0.03), weights
 
 
 def test_a_dfloat11_folder_of_another_model_says_what_differs(folders, tmp_path):

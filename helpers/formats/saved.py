@@ -54,24 +54,29 @@ def save(model: nn.Module, kind: str, source: Path, target: Path) -> None:
 
     Raises FileExistsError where `target` holds anything, OSError where the disk has too little room.
     """
+    weights = model.state_dict() | packed_tensors(model)
+    prepare_folder(source, target, sum(weight.nbytes for weight in weights.values()))
+    unfinished = target / "ema.safetensors.part"
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(weights, unfinished, {"format": "pt", FORMAT: kind})
+    unfinished.rename(target / "ema.safetensors")
+
+
+def prepare_folder(source: Path, target: Path, needed: int) -> None:
+    """A new folder with all files of `source` but its weights, for which `needed` bytes are wanted as well.
+
+    Raises FileExistsError where `target` holds anything, OSError where the disk has too little room.
+    """
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty: name a new folder for the packed weights.")
-    weights = model.state_dict() | packed_tensors(model)
     others = [file for file in source.iterdir() if file.is_file() and file.name != "ema.safetensors"]
-    needed = sum(weight.nbytes for weight in weights.values()) + sum(file.stat().st_size for file in others)
+    needed += sum(file.stat().st_size for file in others)
     target.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target).free
     if needed > free:
-        raise OSError(
-            f"{needed / 1e9:.1f} GB do not fit {target}, where {free / 1e9:.1f} GB are free: name another disk."
-        )
+        raise OSError(f"{needed / 1e9:.1f} GB do not fit {target}, {free / 1e9:.1f} GB are free: name another disk.")
     for file in others:
         shutil.copyfile(file, target / file.name)
-    unfinished = target / "ema.safetensors.part"
-    save_file(
-        {name: weight.contiguous() for name, weight in weights.items()}, unfinished, {"format": "pt", FORMAT: kind}
-    )
-    unfinished.rename(target / "ema.safetensors")
 
 
 def _packed_layers(model: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
