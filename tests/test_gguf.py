@@ -204,6 +204,28 @@ def test_even_numbers_lose_less_than_with_equal_steps(kind, size, steps):
     assert 0.8 < error / (2 / steps / 12**0.5) < 1
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_numbers_that_q6_k_can_hold_lose_nothing(sign):
+    """Integers from -32 to 31, a factor of up to 128 for each group, and one power of two."""
+    generator = torch.Generator().manual_seed(4)
+    integers, factors = (torch.randint(low, 32, (20, 16, 16), generator=generator) for low in (-32, 1))
+    factors = factors[..., :1] * 3
+    integers[..., 5], factors[:, 7] = -32, 128
+    exact = (integers * factors * sign).view(20, 256) * 2.0**-9
+    assert torch.equal(quantise(exact, "Q6_K").dequantise(), exact)
+
+
+def test_numbers_that_q4_k_can_hold_lose_nothing():
+    """Integers from 0 to 15, factors and minima of up to 63 for each group, and a power of two for each of both."""
+    generator = torch.Generator().manual_seed(5)
+    integers = torch.randint(0, 16, (20, 8, 32), generator=generator)
+    integers[..., 5], integers[..., 8] = 0, 15
+    factors, minima = (torch.randint(1, 64, (20, 8, 1), generator=generator) for _ in range(2))
+    factors[:, 3], minima[:, 6] = 63, 63
+    exact = (integers * factors * 2.0**-9 - minima * 2.0**-7).view(20, 256)
+    assert torch.equal(quantise(exact, "Q4_K").dequantise(), exact)
+
+
 def test_more_bits_lose_less():
     """The K types also lose less than older types of as many bits or more."""
     drawn = torch.randn(100, 512, generator=torch.Generator().manual_seed(2))
