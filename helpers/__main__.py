@@ -10,6 +10,7 @@ from importlib import import_module
 COMMANDS = {
     "bench": ("helpers.bench.command", "time and memory of pictures, edits and answers on this device"),
     "convert": ("helpers.convert", "a folder of weights in a smaller format, so that it loads at once"),
+    "doctor": ("helpers.doctor", "what this machine, or a card that you name, should use, and why"),
     "download": ("helpers.download.command", "fetch the weights, go on where it stopped, verify every byte"),
     "verify": ("helpers.verify.command", "the official code and this one on the same weights, compared"),
 }

@@ -188,12 +188,24 @@ def _weights(machine: Machine) -> Advice:
     measured = f"peaks of the official code in bfloat16, measured on an H200: {needs}; this card has {have:.1f} GB"
     if not card.bfloat16:
         capability = f"{card.capability[0]}.{card.capability[1]}"
-        why = f"compute capability {capability} has no bfloat16 of its own (8.0 has); {small}"
-        return Advice("weight format", "fp32, which the 7B model is too large for", why, "make run")
+        why = f"compute capability {capability} has no bfloat16 of its own (8.0 has)"
+        return _smaller_format(card, why, small)
     if not fits:
-        return Advice("weight format", "none that fits the 7B model yet", f"{measured}; {small}", "make run")
+        return _smaller_format(card, measured, small)
     choice = "bf16" if len(fits) == len(OFFICIAL_PEAK_GB) else f"bf16, for {' and '.join(fits)} only"
     return Advice("weight format", choice, measured, "make run MODEL=<folder of the weights>")
+
+
+def _smaller_format(card: Card, reason: str, small: str) -> Advice:
+    """What `python -m helpers doctor` recommends where bfloat16 does not fit, for this reason."""
+    from .fitting import recommended  # which needs this module
+
+    best = recommended(card)
+    if best is None:
+        return Advice("weight format", "none that fits the 7B model", f"{reason}; {small}", "make run")
+    peaks = ", ".join(f"{work} {best.peaks[work] / GB:.1f} GB" for work in best.works)
+    why = f"{reason}; with {best.format.name} is expected: {peaks}"
+    return Advice("weight format", best.format.name, why, "python -m helpers doctor")
 
 
 def _attention(machine: Machine) -> Advice:

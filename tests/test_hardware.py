@@ -65,8 +65,8 @@ def test_an_old_driver_is_to_be_updated_first():
             dict(name="A100", capability=(8, 0), gb=39),
             "bf16, for understanding and text-to-image 1024x1024 only",
         ),
-        (dict(name="RTX 4090", capability=(8, 9), gb=24), "none that fits the 7B model yet"),
-        (dict(name="Tesla V100", capability=(7, 0), gb=34), "fp32, which the 7B model is too large for"),
+        (dict(name="RTX 4090", capability=(8, 9), gb=24), "fp8"),
+        (dict(name="Tesla V100", capability=(7, 0), gb=34), "int8"),
     ],
 )
 def test_the_weight_format_follows_the_memory_the_official_code_needed(card, said):
