@@ -117,7 +117,7 @@ def test_numbers_go_into_a_part_of_a_larger_tensor():
 
 def test_packed_tensors_are_joined_by_their_rows():
     one, other = torch.randn(3, 64), torch.randn(5, 64)
-    parts = [quantise(each, "Q4_0") for each in (one, other)]
+    parts = [quantise(each, "Q4_0").to("cpu") for each in (one, other)]
     joined = Packed("Q4_0", (8, 64), torch.cat([part.blocks for part in parts]))
     assert torch.equal(joined.dequantise(), torch.cat([part.dequantise() for part in parts]))
 
