@@ -17,7 +17,7 @@ from helpers.bench.loss import Drawn, losses
 from helpers.formats import gguf as files
 from helpers.formats import gguf_blocks
 from helpers.formats.gguf import open_gguf, write_gguf
-from helpers.formats.gguf_blocks import FORMATS, Packed, block_format, dequantise_blocks, packed_shape
+from helpers.formats.gguf_blocks import FORMATS, Blocks, block_format, dequantise_blocks, packed_shape
 from helpers.formats.gguf_rounding import TYPES, quantise
 from helpers.hub import official_shapes
 from helpers.pipeline import TINY, load_bagel
@@ -50,8 +50,8 @@ def reference(kind: str, blocks: np.ndarray) -> Tensor:
         return torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind]).copy())
 
 
-def packed(kind: str, blocks: np.ndarray) -> Packed:
-    return Packed(kind, (len(blocks), FORMATS[kind].values), torch.from_numpy(blocks))
+def packed(kind: str, blocks: np.ndarray) -> Blocks:
+    return Blocks(kind, (len(blocks), FORMATS[kind].values), torch.from_numpy(blocks))
 
 
 def assert_same(found: Tensor, expected: Tensor):
@@ -118,7 +118,7 @@ def test_numbers_go_into_a_part_of_a_larger_tensor():
 def test_packed_tensors_are_joined_by_their_rows():
     one, other = torch.randn(3, 64), torch.randn(5, 64)
     parts = [quantise(each, "Q4_0").to("cpu") for each in (one, other)]
-    joined = Packed("Q4_0", (8, 64), torch.cat([part.blocks for part in parts]))
+    joined = Blocks("Q4_0", (8, 64), torch.cat([part.blocks for part in parts]))
     assert torch.equal(joined.dequantise(), torch.cat([part.dequantise() for part in parts]))
 
 
@@ -494,7 +494,7 @@ def outputs(bagel, kind):
     return Drawn.of("picture", kind, made, heard[0]), [answer.text for answer in answers]
 
 
-def rounded(tensor: Tensor, kind: str) -> Packed:
+def rounded(tensor: Tensor, kind: str) -> Blocks:
     return replace(quantise(tensor.reshape(-1, 256), kind), shape=tuple(tensor.shape))
 
 

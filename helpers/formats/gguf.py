@@ -5,7 +5,7 @@ with the shortest step first, type, place), then their blocks. The package `gguf
 
 A GGUF stands for `ema.safetensors` and has its names; the autoencoder, the JSON files and the tokenizer stay beside it.
 `general.architecture` says little: converters for image models write whatever they were told, so BAGEL is recognised
-by the names. 118 of them have 64 characters or more, which the converters keep and llama.cpp's own tools refuse.
+by the names. 118 of them have 64 characters or more, beyond the limit of ggml; the converters keep them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..tensors import TYPES as STORED
 from ..tensors import damaged
-from .gguf_blocks import FORMATS, Packed, packed_shape
+from .gguf_blocks import FORMATS, Blocks, packed_shape
 from .gguf_rounding import TYPES, library, quantise
 
 ARCHITECTURE = "bagel"  # what our own files say
@@ -47,7 +47,7 @@ class Gguf:
 
     file: Path
     metadata: dict[str, object]
-    tensors: dict[str, Packed]
+    tensors: dict[str, Blocks]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -194,11 +194,11 @@ def _mapped(data: np.memmap) -> Tensor:
         return torch.from_numpy(np.asarray(data))
 
 
-def _packed(tensor, whole: Tensor) -> Packed:
+def _packed(tensor, whole: Tensor) -> Blocks:
     """One of the reader's tensors; it lists the sizes as the file does, the last dimension first."""
     shape, kind = tuple(reversed(tensor.shape.tolist())), tensor.tensor_type.name
     blocks = whole[tensor.data_offset : tensor.data_offset + tensor.n_bytes]
-    return Packed(kind, shape, blocks.view(packed_shape(shape, kind)))
+    return Blocks(kind, shape, blocks.view(packed_shape(shape, kind)))
 
 
 # Writing

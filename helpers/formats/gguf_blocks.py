@@ -39,10 +39,10 @@ class BlockFormat:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Blocks:
     """A tensor as it lies in a GGUF: its type, its shape (in torch's order) and its blocks.
 
-    `blocks` is uint8 [rows, bytes per row], contiguous, on any device; a row is what the last dimension counts. Packed
+    `blocks` is uint8 [rows, bytes per row], contiguous, on any device; a row is what the last dimension counts. Blocks
     tensors of one type and row length are joined by their rows: `torch.cat` of their blocks.
     """
 
@@ -50,7 +50,7 @@ class Packed:
     shape: tuple[int, ...]
     blocks: Tensor
 
-    def to(self, device: torch.device | str) -> Packed:
+    def to(self, device: torch.device | str) -> Blocks:
         """The same with its blocks on `device`."""
         return replace(self, blocks=self.blocks.to(device))
 

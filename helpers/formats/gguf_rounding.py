@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .gguf_blocks import FORMATS, PIECE, Packed, block_format, packed_shape
+from .gguf_blocks import FORMATS, PIECE, Blocks, block_format, packed_shape
 
 LARGEST = torch.finfo(torch.float16).max  # the type of every scale
 # Steps tried for a group: as many as would fit this much more than its range.
@@ -21,7 +21,7 @@ STRETCHES = torch.linspace(-1, 1, 9).tolist()
 
 
 @torch.no_grad()
-def quantise(tensor: Tensor, kind: str) -> Packed:
+def quantise(tensor: Tensor, kind: str) -> Blocks:
     """A tensor rounded to a type of `TYPES`; its blocks lie where it does.
 
     Raises ValueError for another type, for rows that are no whole blocks, and for numbers that the type cannot hold;
@@ -32,7 +32,7 @@ def quantise(tensor: Tensor, kind: str) -> Packed:
         raise ValueError(f"Tensors cannot be rounded to the GGUF type {kind} here: choose one of {', '.join(TYPES)}.")
     if kind not in ("F32", "BF16"):
         _check_range(tensor, kind)
-    return Packed(kind, tuple(tensor.shape), torch.cat(list(_blocks(tensor, kind))).view(shape))
+    return Blocks(kind, tuple(tensor.shape), torch.cat(list(_blocks(tensor, kind))).view(shape))
 
 
 def library() -> ModuleType:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bagel.packed import Packed, Room
 from .gguf import LAYER_MATRIX, Gguf
-from .gguf_blocks import Packed as Blocks
+from .gguf_blocks import Blocks
 
 
 class GgufWeight(Packed):
