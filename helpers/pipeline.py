@@ -168,11 +168,12 @@ class BagelPipeline:
     def save(self, folder: Path | str) -> None:
         """Write a model with packed weights (int8, int4, nf4) to a new folder, which loads without the original.
 
-        Raises ValueError for other formats and random weights, FileExistsError where the folder holds anything, OSError
-        where the disk has too little room.
+        Raises ValueError for other formats, random weights and those of a GGUF or of DFloat11, FileExistsError where
+        the folder holds anything, OSError where the disk has too little room.
         """
-        if self.weights not in PACKERS or self.folder is None or not self.model.draws:
-            told = "random weights" if self.folder is None else f"weights={self.weights!r}"
+        official = self.folder is not None and (self.folder / MODEL_FILE).is_file()
+        if self.weights not in PACKERS or not official or not self.model.draws:
+            told = "random weights" if self.folder is None else f"weights={self.weights!r} of {self.folder}"
             raise ValueError(f"{told} cannot be saved: load a folder whole, as one of {', '.join(PACKERS)}.")
         save(self.model, self.weights, self.folder, Path(folder))
 

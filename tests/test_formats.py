@@ -61,8 +61,10 @@ def test_packed_weights_are_saved_and_loaded_without_the_original(tmp_path, weig
         load(tmp_path / "packed", "bf16")
 
 
-def test_what_cannot_be_saved_says_so(tmp_path, exact):
-    for bagel in (exact.bagel, load("random-tiny", "int8"), load(weights="int8", experts="understanding")):
+def test_what_cannot_be_saved_says_so(tmp_path, exact, folders):
+    """Of a DFloat11 folder the shards would come along, and the configuration that says that they count."""
+    whole = exact.bagel, load("random-tiny", "int8"), load(folders[1], "int8")
+    for bagel in (*whole, load(weights="int8", experts="understanding")):
         with pytest.raises(ValueError, match="cannot be saved: load a folder whole, as one of int8"):
             bagel.save(tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

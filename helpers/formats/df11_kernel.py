@@ -169,8 +169,7 @@ def decode(block: CardBlock, out: Tensor, first: int = 0, last: int | None = Non
     """Weights `first` up to `last` of a block, all unless told otherwise, into `out`, bfloat16, flat: what is filled.
 
     They go to the current card, which must be the block's. Fastest where `first` and the address of `out` are divisible
-    by 16. Raises ValueError for an `out` that does not
-    take them or is of another type or not contiguous.
+    by 16. Raises ValueError for an `out` that does not take them or is of another type or not contiguous.
     """
     last = block.weights if last is None else last
     if not 0 <= first <= last <= block.weights:
